@@ -1,0 +1,1 @@
+"""Everything that knows about the command line, the environment and the processes of a run."""

@@ -1,0 +1,107 @@
+"""The command line: ``mimic-fast COMMAND``, also ``python -m mimic_fast COMMAND``.
+
+Commands import what they need when they run, so that ``--help`` is instant. What goes wrong becomes
+one line on stderr and the documented exit code; only a bug of ours shows a traceback (exit 1).
+"""
+
+import errno
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from mimic_fast.launch.commands.demo import demo
+from mimic_fast.launch.commands.evaluate import evaluate
+from mimic_fast.launch.commands.purify import purify
+
+from mimic_fast.errors import MachineError, MimicError, UsageError
+from mimic_fast.launch.commands import attack, config
+from mimic_fast.launch.commands.inspect import inspect
+from mimic_fast.launch.commands.locate import locate
+from mimic_fast.launch.commands.pretrain import pretrain
+from mimic_fast.version import VERSION
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C: nothing was saved, unlike exit 6
+
+app = typer.Typer(
+    help="Purify backdoored pre-trained vision encoders.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, purify, locate, evaluate):
+    app.command()(command)
+app.add_typer(attack.app, name="attack")
+for command in (pretrain, inspect):
+    app.command()(command)
+app.add_typer(config.app, name="config")
+
+# Typer ships its own copy of Click since 0.20 and used Click's before: this name works in both.
+_BadCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Purify backdoored pre-trained vision encoders."""
+    if version:
+        typer.echo(f"mimic-fast {VERSION}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Entry point of ``mimic-fast``."""
+    warnings.formatwarning = _one_line
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code.
+
+    Exceptions that are bugs propagate.
+    """
+    try:
+        code = app(arguments, prog_name="mimic-fast", standalone_mode=False) or 0
+    except MimicError as error:
+        return _failed(str(error), error.exit_code)
+    except _BadCommandLine as error:
+        message: str = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        return _failed(message, UsageError.exit_code)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _machine_is_at_fault(error):
+            raise
+        return _failed(str(error) or "out of memory", MachineError.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    return _failed("interrupted; nothing was saved", code) if code == INTERRUPTED else code
+
+
+def _failed(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (rank {rank})"
+    typer.echo(f"error{where}: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _machine_is_at_fault(error: BaseException) -> bool:
+    """Whether memory or disk ran out, which PyTorch reports in several ways."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    return f"warning: {message}\n"

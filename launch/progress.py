@@ -1,0 +1,108 @@
+"""Progress bars from :class:`mimic_fast.progress.Event`: rate, time left, numbers of the moment.
+
+On a terminal, phases longer than two seconds get a bar. Elsewhere only the messages are printed,
+and ranks above 0 say nothing. All of it goes to stderr.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+import typer
+
+from mimic_fast.launch.arguments import is_main_process
+from mimic_fast.progress import Event, Reporter, silent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+SHOW_AFTER = 2.0  # seconds
+_SHOWN_METRICS = 4
+
+
+@contextmanager
+def progress_bars(
+    *, stream: IO[str] | None = None, after: float = SHOW_AFTER
+) -> Iterator[Reporter]:
+    """Gives a reporter that draws on ``stream`` (stderr) while the block runs.
+
+    Args:
+        stream: Where to draw; bars only if it is a terminal.
+        after: Seconds a phase must last before its bar is shown.
+    """
+    stream = stream or sys.stderr
+    if not is_main_process():
+        yield silent
+    elif not stream.isatty():
+        yield lambda event: typer.echo(event.message, file=stream) if event.message else None
+    else:
+        with _columns(stream) as progress:
+            yield _drawn_on(progress, after)
+
+
+def _columns(stream: IO[str]) -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[metrics]}", style="dim"),
+        console=Console(file=stream, force_terminal=True),
+        speed_estimate_period=60,
+    )
+
+
+def _drawn_on(progress: "Progress", after: float) -> Reporter:
+    tasks: dict[str, TaskID] = {}
+    began: dict[str, tuple[float, int]] = {}
+
+    def report(event: Event) -> None:
+        if event.message:
+            progress.console.print(event.message, markup=False, highlight=False)
+        if not event.total:
+            return
+        now = time.monotonic()
+        task = tasks.get(event.phase)
+        if task is None or event.done < progress.tasks[progress.task_ids.index(task)].completed:
+            if task is not None:  # the same phase once more, e.g. for another data set
+                progress.remove_task(task)
+            task = tasks[event.phase] = progress.add_task(
+                event.phase, total=event.total, visible=False, rate="", metrics=""
+            )
+            began[event.phase] = now, event.done
+        start, first = began[event.phase]
+        progress.update(
+            task,
+            completed=event.done,
+            total=event.total,
+            visible=now - start >= after,
+            rate=_rate(event, event.done - first, now - start),
+            metrics=_metrics(event),
+        )
+
+    return report
+
+
+def _rate(event: Event, units: int, seconds: float) -> str:
+    """Images a second where the event knows, else units a second since the phase began."""
+    rate = event.metrics.get("images_per_second")
+    if rate is not None:
+        return f"{rate:.0f} images/s"
+    return f"{units / seconds:.1f} {event.unit}/s" if seconds > 0 else ""
+
+
+def _metrics(event: Event) -> str:
+    shown = [(name, value) for name, value in event.metrics.items() if name != "images_per_second"]
+    return " ".join(f"{name} {value:.3g}" for name, value in shown[:_SHOWN_METRICS])

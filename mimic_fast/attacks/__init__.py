@@ -1,0 +1,1 @@
+"""The attacks that purification is tested against: one file, one paper."""

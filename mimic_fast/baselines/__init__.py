@@ -1,0 +1,1 @@
+"""Defences to compare with: one file, one paper."""

@@ -1,0 +1,58 @@
+"""The floor: a random student trained on the clean images alone, contrastively, without the teacher.
+
+A defence that does not beat it has transferred nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from mimic_fast.config import EncoderSpec, Settings
+from mimic_fast.encoders.build import Encoder
+from mimic_fast.encoders.export import export_encoder
+from mimic_fast.pretraining import train_contrastive
+from mimic_fast.progress import Reporter, silent
+from mimic_fast.training import Trained
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentOnly:
+    """The trained floor; ``path`` is its exported file, or None if nothing was to be written."""
+
+    encoder: Encoder
+    path: Path | None
+    trained: Trained
+
+
+def student_only(
+    spec: EncoderSpec,
+    pool: UInt8[Tensor, "image channel side side"],
+    *,
+    settings: Settings,
+    report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
+) -> StudentOnly:
+    """Trains the floor with the same images, optimizer, epochs and augmentation as a purification.
+
+    Args:
+        spec: The teacher's architecture.
+        pool: The purification's training images.
+        settings: The purification's settings; loss weights are replaced, ``run.out`` names the folder.
+        report: Told of every step.
+        stop: Polled every step.
+    """
+    loss = settings.loss.model_copy(
+        update={"clone": 0.0, "attention_weight": 0.0, "contrastive": 1.0}
+    )
+    settings = settings.model_copy(update={"loss": loss})
+    encoder, trained = train_contrastive(
+        spec, pool, settings=settings, report=report, stop=stop, phase="student_only"
+    )
+    path = None
+    if settings.run.out is not None:
+        card = {"kind": "student_only", "settings": settings.model_dump(mode="json")}
+        path = export_encoder(encoder, settings.run.out, key_map=None, card=card)
+    return StudentOnly(encoder=encoder, path=path, trained=trained)

@@ -1,0 +1,268 @@
+"""Every setting of a purification: frozen, validated, described. ``recipe.py`` reads them from TOML."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Preset = Literal["hardened", "mimic", "official"]
+JsonScalar = bool | int | float | str
+
+
+class Frozen(BaseModel):
+    """Base of all settings: nothing mutates, no key is ignored, no field goes unvalidated."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class EncoderSpec(Frozen):
+    """What must be known to build an encoder before its weights are read."""
+
+    architecture: str = Field(description="'timm:NAME' or 'torchvision:NAME', e.g. 'timm:resnet18'")
+    arguments: dict[str, JsonScalar | list[int]] = Field(
+        default_factory=dict, description="keyword arguments of that library's constructor"
+    )
+    stem: Literal["native", "small_stride1", "small_stride2"] = Field(
+        default="native",
+        description="ResNets only: 'small_*' replaces stem convolution and pooling by one 3x3 convolution",
+    )
+    in_channels: int = Field(default=3, ge=1, description="image channels")
+    image_size: int = Field(ge=8, description="height and width of the input, pixels")
+    mean: tuple[float, ...] = Field(description="per-channel mean of the input, images in [0, 1]")
+    std: tuple[float, ...] = Field(description="per-channel standard deviation, images in [0, 1]")
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.in_channels:
+                raise ValueError(
+                    f"{name} needs {self.in_channels} values (in_channels), got {len(values)}"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if not self.architecture.startswith(("timm:", "torchvision:")):
+            raise ValueError(
+                f"architecture must be 'timm:NAME' or 'torchvision:NAME', got {self.architecture!r}"
+            )
+        return self
+
+
+class EncoderSettings(Frozen):
+    """The suspect encoder. What is not given is read from its card or recognised from its keys."""
+
+    teacher: Path | None = Field(default=None, description="checkpoint of the suspect encoder")
+    architecture: str | None = Field(default=None, description="as in EncoderSpec; None: recognise")
+    arguments: dict[str, JsonScalar | list[int]] | None = Field(
+        default=None, description="constructor arguments; None: recognise"
+    )
+    stem: Literal["native", "small_stride1", "small_stride2"] | None = Field(
+        default=None, description="ResNet stem; None: recognise"
+    )
+    in_channels: int | None = Field(default=None, ge=1, description="image channels")
+    image_size: int | None = Field(default=None, ge=8, description="input height and width, pixels")
+    mean: tuple[float, ...] | None = Field(default=None, description="per-channel mean")
+    std: tuple[float, ...] | None = Field(default=None, description="per-channel deviation")
+    taps: tuple[str, ...] = Field(
+        default=(), description="module paths to tap; empty: CNN stages or ViT blocks"
+    )
+
+
+class DataSettings(Frozen):
+    """The clean images and the two augmented views."""
+
+    source: str | None = Field(
+        default=None, description="image folder, tar shards (path or glob) or 'fashion-mnist:train'"
+    )
+    clean_fraction: float = Field(
+        default=0.04, gt=0, le=1, description="share of the source to draw; unused with clean_count"
+    )
+    clean_count: int | None = Field(default=None, ge=2, description="number of images to draw")
+    pretraining_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="images the teacher was pre-trained on; None: size of the source",
+    )
+    budget: float = Field(
+        default=0.05, gt=0, le=1, description="largest share of the pre-training size allowed"
+    )
+    allow_budget: bool = Field(default=False, description="permit more than the budget")
+    stratified: bool = Field(default=False, description="draw the same share of every label")
+    hold_out: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the clean set kept for agreement, never trained on",
+    )
+    crop_scale: tuple[float, float] = Field(
+        default=(0.2, 1.0), description="area share of random resized crops"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        default=(0.75, 4 / 3), description="aspect ratio (width / height) of random resized crops"
+    )
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    jitter: tuple[float, float, float, float] = Field(
+        default=(0.4, 0.4, 0.4, 0.1), description="brightness, contrast, saturation, hue strength"
+    )
+    jitter_probability: float = Field(default=0.8, ge=0, le=1, description="probability of jitter")
+    grayscale: float = Field(default=0.2, ge=0, le=1, description="probability of grey")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"crop_ratio must satisfy 0 < low <= high, got {self.crop_ratio}")
+        if min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
+            raise ValueError(f"jitter must lie in [0, 1] (hue [0, 0.5]), got {self.jitter}")
+        return self
+
+
+class MutualInformationSettings(Frozen):
+    """Step A: where the benign knowledge lies."""
+
+    estimator: Literal["histogram", "dv"] = Field(
+        default="histogram", description="binned canonical pairs, or Donsker-Varadhan critics"
+    )
+    source: Literal["teacher", "student"] = Field(
+        default="teacher",
+        description="whose activations are measured (the demo uses the student's)",
+    )
+    components: int = Field(default=64, ge=1, description="principal directions kept per layer")
+    bins: Literal["auto"] | int = Field(
+        default="auto", description="bins per axis; auto: largest with (K-1)^2/(2n) <= 0.125 nats"
+    )
+    shuffles: int = Field(default=20, ge=2, description="shuffled pairings for the noise floor")
+    jackknife_groups: int = Field(
+        default=20, ge=2, description="groups of the delete-group jackknife"
+    )
+    chunk: int = Field(default=64, ge=1, description="images per forward of step A")
+    pool: Literal["mean", "class_token"] = Field(
+        default="mean", description="how a ViT tap becomes one vector; CNN taps are always averaged"
+    )
+    base: float = Field(default=1000.0, ge=0, description="layer weight = base + gain * share")
+    gain: float = Field(default=10000.0, ge=0, description="layer weight = base + gain * share")
+    force: bool = Field(default=False, description="permit a K too large for the number of images")
+    dv_epochs: int = Field(default=200, ge=1, description="epochs per critic (dv)")
+    dv_batch: int = Field(default=128, ge=2, description="batch of a critic (dv)")
+
+    @model_validator(mode="after")
+    def _bins(self) -> Self:
+        if self.bins != "auto" and not 2 <= self.bins <= 256:
+            raise ValueError(f"bins must be 'auto' or 2..256, got {self.bins}")
+        return self
+
+
+class HardenSettings(Frozen):
+    """Student-only perturbation: what the student imitates cannot hang on a local pattern."""
+
+    probability: float = Field(default=0.0, ge=0, le=1, description="share of images perturbed")
+    area: tuple[float, float] = Field(
+        default=(0.02, 0.25), description="rectangle area as a share of the image"
+    )
+    kinds: tuple[Literal["constant", "noise", "image"], ...] = Field(
+        default=("constant", "noise", "image"),
+        description="contents of the rectangle, drawn uniformly",
+    )
+    rectangles: int = Field(default=1, ge=1, description="rectangles per perturbed image")
+
+    @model_validator(mode="after")
+    def _area(self) -> Self:
+        low, high = self.area
+        if not 0 < low <= high < 1:
+            raise ValueError(f"harden.area must satisfy 0 < low <= high < 1, got {self.area}")
+        if not self.kinds:
+            raise ValueError("harden.kinds must name at least one of constant, noise, image")
+        return self
+
+
+class LossSettings(Frozen):
+    """Step B: what the student minimises."""
+
+    clone: float = Field(default=1.0, ge=0, description="weight of the clone loss")
+    attention_weight: float = Field(
+        default=0.1,
+        ge=0,
+        description="a in lambda_l = (base + gain p_l) a / N_l; mean form: factor",
+    )
+    attention_form: Literal["sum", "mean"] = Field(
+        default="sum", description="over positions; 'mean' is the authors' demo"
+    )
+    attention_power: float = Field(default=2.0, ge=1, description="p in sum_c |F_c|^p")
+    contrastive: float = Field(default=0.0, ge=0, description="weight of NT-Xent on two views")
+    temperature: float = Field(default=0.5, gt=0, description="temperature of NT-Xent")
+    projection: int = Field(default=128, ge=2, description="output width of the projection head")
+    harden: HardenSettings = Field(default_factory=HardenSettings)
+
+
+class OptimSettings(Frozen):
+    """How it is minimised."""
+
+    name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="optimiser")
+    lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(default=1e-4, ge=0, description="weight decay")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum (sgd)")
+    epochs: int = Field(default=100, ge=1, description="passes over the clean set")
+    batch_size: int = Field(default=128, ge=2, description="images per step over all processes")
+    warmup_epochs: float = Field(default=2.0, ge=0, description="linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="after warm-up")
+    clip_norm: float = Field(default=5.0, ge=0, description="gradient norm limit; 0: none")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        default="fp32", description="autocast type; losses are always fp32 or wider"
+    )
+    tf32: bool = Field(default=False, description="allow TF32 matrix products on GPU")
+    channels_last: bool = Field(default=True, description="NHWC memory format for CNNs")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of averaged weights; 0: off")
+    max_nonfinite: int = Field(
+        default=3, ge=1, description="non-finite steps in a row before exit 5"
+    )
+
+
+class RunSettings(Frozen):
+    """Where results go and how the run survives."""
+
+    out: Path | None = Field(default=None, description="run directory")
+    resume: Literal["never", "auto"] = Field(default="never", description="auto: newest good state")
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between run states")
+    keep: int = Field(default=2, ge=1, description="run states kept")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+
+
+class DownstreamSettings(Frozen):
+    """A labelled data set on which probes measure an encoder."""
+
+    name: str = Field(description="name in the report")
+    train: str = Field(description="data source for fitting probes")
+    test: str = Field(description="data source for measuring")
+
+
+class EvaluationSettings(Frozen):
+    """Step D: what is measured when labels are at hand."""
+
+    downstream: tuple[DownstreamSettings, ...] = Field(default=(), description="labelled sets")
+    attack: Path | None = Field(default=None, description="attack.json: trigger, reference, target")
+    probe: tuple[Literal["linear", "knn"], ...] = Field(default=("linear",), description="probes")
+    probe_labels: int | None = Field(
+        default=None, ge=2, description="labelled images for fitting; None: all"
+    )
+    probe_l2: float = Field(default=1e-3, ge=0, description="L2 penalty of the linear probe")
+    test_images: int | None = Field(default=None, ge=2, description="test images; None: all")
+    batch_size: int = Field(default=256, ge=1, description="images per forward")
+
+
+class Settings(Frozen):
+    """All settings of one run."""
+
+    preset: Preset = Field(default="hardened", description="named starting point")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seeds everything")
+    encoder: EncoderSettings = Field(default_factory=EncoderSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    mi: MutualInformationSettings = Field(default_factory=MutualInformationSettings)
+    loss: LossSettings = Field(default_factory=LossSettings)
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    run: RunSettings = Field(default_factory=RunSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)

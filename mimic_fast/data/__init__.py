@@ -1,0 +1,1 @@
+"""Clean images: sources, the clean set, augmented views, batches."""

@@ -1,0 +1,209 @@
+"""The clean set: a seeded draw from a source, every image really decoded.
+
+The draw orders the items by SHA-256 of seed and key, so it depends on nothing else: not on the
+order of files on disk, on a library's random generator, or on how many processes run. The same
+manifest is the same images in the same order everywhere.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from mimic_fast.config import DataSettings
+from mimic_fast.data.images import load_images
+from mimic_fast.data.items import CorruptItemError, Source
+from mimic_fast.data.manifest import (
+    CleanItem,
+    CleanSet,
+    items_digest,
+    read_clean_set,
+    write_clean_set,
+)
+from mimic_fast.errors import UnsafeInputError, UsageError
+from mimic_fast.progress import Event, Reporter, silent
+
+__all__ = [
+    "CleanItem",
+    "CleanSet",
+    "draw_clean_set",
+    "load_clean_images",
+    "read_clean_set",
+    "write_clean_set",
+]
+
+_REPORT_EVERY = 256
+
+
+def draw_clean_set(
+    source: Source, settings: DataSettings, *, seed: int, report: Reporter = silent
+) -> CleanSet:
+    """Draws the clean set; the next of the draw takes the place of a corrupt item.
+
+    With ``settings.stratified`` every label gives the same share of its images (largest
+    remainders), and a corrupt one is replaced within its label. If the good images run out, the
+    set is smaller than requested, which is reported.
+
+    Args:
+        source: Where the images come from.
+        settings: Count or fraction, budget, hold-out.
+        seed: Seed of the draw.
+        report: Told how many images are drawn, and of each quarantined item.
+
+    Raises:
+        UsageError: If the request exceeds the budget or the source, is below 2 images, or asks for
+            strata where there are no labels.
+        UnsafeInputError: If fewer than 2 images can be decoded.
+    """
+    requested = _requested(source, settings)
+    _check_budget(source, settings, requested)
+    order = sorted(range(len(source)), key=lambda index: _rank(seed, source.keys[index]))
+    drawn = _Drawn(source=source, total=requested, report=report)
+    strata = _strata(source, order, requested) if settings.stratified else [(order, requested)]
+    for members, quota in strata:
+        drawn.take(iter(members), quota)
+    # Strata come label by label; the hold-out, which is the end of the list, must be random.
+    items = tuple(sorted(drawn.items, key=lambda item: _rank(seed, item.key)))
+    if len(items) < 2:
+        key, reason = drawn.quarantined[0]
+        raise UnsafeInputError(
+            f"{source.name}: {len(items)} of {len(source)} images can be decoded, expected at "
+            f"least 2; the first that cannot: {key} {reason}"
+        )
+    if len(items) < requested:
+        message = f"only {len(items)} of {requested} requested images are good; going on with them"
+        report(Event(phase="clean set", message=message))
+    return CleanSet(
+        source=source.name,
+        seed=seed,
+        requested=requested,
+        fraction=len(items) / (settings.pretraining_size or len(source)),
+        items=items,
+        quarantined=tuple(drawn.quarantined),
+        sha256=items_digest(items),
+        hold_out=round(settings.hold_out * len(items)),
+    )
+
+
+def load_clean_images(
+    source: Source,
+    clean_set: CleanSet,
+    *,
+    image_size: int,
+    channels: int,
+    report: Reporter = silent,
+) -> UInt8[Tensor, "image channel side side"]:
+    """The pixels of a clean set in its order; side and channels as in :func:`load_images`.
+
+    Raises:
+        UnsafeInputError: If the source no longer holds the very bytes that were drawn.
+    """
+    places = {key: index for index, key in enumerate(source.keys)}
+    items = clean_set.items
+
+    def read(position: int) -> bytes:
+        item = items[position]
+        data = source.read(places[item.key])
+        if hashlib.sha256(data).hexdigest() != item.sha256:
+            raise UnsafeInputError(f"{item.key} of {source.name} has changed since it was drawn")
+        return data
+
+    missing = next((item.key for item in items if item.key not in places), None)
+    if missing is not None:
+        raise UnsafeInputError(f"{missing} of the clean set is no longer in {source.name}")
+    drawn = Source(
+        name=source.name,
+        keys=tuple(item.key for item in items),
+        labels=None,
+        classes=None,
+        read=read,
+        decode=source.decode,
+    )
+    images, kept = load_images(
+        drawn, range(len(items)), image_size=image_size, channels=channels, report=report
+    )
+    if len(kept) < len(items):
+        lost = items[min(set(range(len(items))) - set(kept))].key
+        raise UnsafeInputError(f"{lost} of {source.name} can no longer be read")
+    return images
+
+
+@dataclass(kw_only=True, slots=True)
+class _Drawn:
+    """What has been drawn so far."""
+
+    source: Source
+    total: int
+    report: Reporter
+    items: list[CleanItem] = field(default_factory=list)
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+
+    def take(self, order: Iterator[int], count: int) -> None:
+        """Adds the first ``count`` good items of ``order``, or all it has."""
+        wanted = len(self.items) + count
+        while len(self.items) < wanted and (index := next(order, None)) is not None:
+            key = self.source.keys[index]
+            try:
+                data = self.source.read(index)
+                self.source.decode(data)
+            except CorruptItemError as error:
+                self.quarantined.append((key, str(error)))
+                self.report(Event(phase="clean set", message=f"quarantined {key}: {error}"))
+                continue
+            label = None if self.source.labels is None else self.source.labels[index]
+            digest = hashlib.sha256(data).hexdigest()
+            self.items.append(CleanItem(index=index, key=key, sha256=digest, label=label))
+            done = len(self.items)
+            if done % _REPORT_EVERY == 0 or done == self.total:
+                self.report(Event(phase="clean set", done=done, total=self.total, unit="images"))
+
+
+def _requested(source: Source, settings: DataSettings) -> int:
+    if settings.clean_count is not None:
+        if settings.clean_count > len(source):
+            raise UsageError(
+                f"data.clean_count asks for {settings.clean_count} images; "
+                f"{source.name} has {len(source)}"
+            )
+        return settings.clean_count
+    # The small term keeps 0.29 of 100 at 29, although the product is 28.999999999999996.
+    requested = int(settings.clean_fraction * len(source) + 1e-9)
+    if requested < 2:
+        raise UsageError(
+            f"data.clean_fraction {settings.clean_fraction:g} of the {len(source)} images of "
+            f"{source.name} draws {requested}, expected at least 2; set data.clean_count"
+        )
+    return requested
+
+
+def _check_budget(source: Source, settings: DataSettings, requested: int) -> None:
+    size = settings.pretraining_size or len(source)
+    if settings.allow_budget or requested <= settings.budget * size + 1e-9:
+        return
+    raise UsageError(
+        f"{requested} clean images are {requested / size:.3%} of {size} pre-training images, over "
+        f"the budget of {settings.budget:.3%}; draw fewer, set data.pretraining_size if the "
+        "teacher saw more images, or pass --allow-budget"
+    )
+
+
+def _strata(source: Source, order: list[int], requested: int) -> list[tuple[list[int], int]]:
+    """Per label its members in draw order and how many to take of them."""
+    if source.labels is None:
+        raise UsageError(f"data.stratified needs labels, and {source.name} has none")
+    members: dict[int, list[int]] = {}
+    for index in order:
+        members.setdefault(source.labels[index], []).append(index)
+    labels = sorted(members)
+    shares = [requested * len(members[label]) for label in labels]
+    quotas = [share // len(source) for share in shares]
+    by_remainder = sorted(range(len(labels)), key=lambda at: -(shares[at] % len(source)))
+    for position in by_remainder[: requested - sum(quotas)]:
+        quotas[position] += 1
+    return [(members[label], quota) for label, quota in zip(labels, quotas, strict=True)]
+
+
+def _rank(seed: int, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()

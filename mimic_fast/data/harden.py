@@ -1,0 +1,91 @@
+"""Student-only perturbation: a random rectangle of foreign content is pasted into the student's view.
+
+The teacher sees the view as it was. What the student learns to imitate then cannot hang on a local
+pattern, such as a trigger patch, which a plain clone loss would teach it from clean images alone.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mimic_fast.config import HardenSettings
+from mimic_fast.data.augment import plain_view
+from mimic_fast.data.counter import uniforms
+
+_STREAM = 1000  # apart from the views' streams
+_ASPECT = math.log(3.0)  # height / width between 1/3 and 3, log-uniform
+
+
+def hardened(
+    views: Float[Tensor, "batch channel height width"],
+    ids: Int[Tensor, " batch"],
+    pool: UInt8[Tensor, "image channel side side"],
+    *,
+    settings: HardenSettings,
+    seed: int,
+    epoch: int,
+) -> Float[Tensor, "batch channel height width"]:
+    """The views with rectangles pasted in; the input is not changed.
+
+    Args:
+        views: First augmented views.
+        ids: Item ids, which with seed and epoch decide everything random.
+        pool: All training images, donors of the ``image`` kind.
+        settings: Probability, area, contents and number of rectangles.
+        seed: Seed of the run.
+        epoch: Pass over the data.
+    """
+    result = views
+    for index in range(settings.rectangles if settings.probability > 0 else 0):
+        u = uniforms(ids, 10, seed=seed, epoch=epoch, stream=_STREAM + 2 * index)
+        rows = (u[:, 0] < settings.probability).nonzero()[:, 0]
+        picked = u[rows]
+        inside = _rectangles(picked, views.shape[2], views.shape[3], settings.area)
+        content = _contents(views[rows], ids[rows], pool, picked, settings, seed, epoch, index)
+        result = result.index_copy(0, rows, torch.where(inside, content, result[rows]))
+    return result
+
+
+def _rectangles(u: Tensor, height: int, width: int, area: tuple[float, float]) -> Tensor:
+    """Masks ``[B, 1, H, W]``; small areas are as likely as large ones (log-uniform)."""
+    low, high = math.log(area[0]), math.log(area[1])
+    size = torch.exp(low + u[:, 1] * (high - low)) * height * width
+    aspect = torch.exp((2 * u[:, 2] - 1) * _ASPECT)
+    tall = (size * aspect).sqrt().round().clamp(1, height)
+    wide = (size / aspect).sqrt().round().clamp(1, width)
+    top = (u[:, 3] * (height - tall + 1)).floor()
+    left = (u[:, 4] * (width - wide + 1)).floor()
+    y = torch.arange(height, device=u.device)
+    x = torch.arange(width, device=u.device)
+    rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
+    columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def _contents(
+    views: Tensor,
+    ids: Tensor,
+    pool: Tensor,
+    u: Tensor,
+    settings: HardenSettings,
+    seed: int,
+    epoch: int,
+    index: int,
+) -> Tensor:
+    """What fills the rectangles, at full image size ``[B, C, H, W]``."""
+    B, C, H, W = views.shape
+    kind = (u[:, 5] * len(settings.kinds)).long()
+    content = u[:, 6 : 6 + C, None, None].expand_as(views).clone()
+    for number, name in enumerate(settings.kinds):
+        rows = (kind == number).nonzero()[:, 0]
+        if name == "noise":
+            noise = uniforms(
+                ids[rows], C * H * W, seed=seed, epoch=epoch, stream=_STREAM + 2 * index + 1
+            )
+            content[rows] = noise.view(-1, C, H, W)
+        elif name == "image":
+            donors = (u[rows, 9] * pool.shape[0]).long()
+            content[rows] = plain_view(pool[donors], image_size=H)
+    return content

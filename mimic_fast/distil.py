@@ -1,0 +1,273 @@
+"""purify(): locate the benign knowledge, distil it into a random student, export, measure.
+
+Method: Han et al., "Mutual Information Guided Backdoor Mitigation for Pre-trained Encoders",
+arXiv:2406.03508.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mimic_fast.batchnorm import synchronize_batchnorm
+from mimic_fast.config import RunSettings, Settings
+from mimic_fast.data.augment import plain_view
+from mimic_fast.data.clean_set import CleanSet, draw_clean_set, write_clean_set
+from mimic_fast.data.images import load_images
+from mimic_fast.data.sources import open_source
+from mimic_fast.distributed import Processes, start, wait_for_all
+from mimic_fast.encoders.build import Encoder, build_encoder
+from mimic_fast.encoders.export import export_encoder
+from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder
+from mimic_fast.encoders.self_test import self_test
+from mimic_fast.encoders.taps import (
+    TappedEncoder,
+    attention_free_taps,
+    default_taps,
+)
+from mimic_fast.errors import UsageError
+from mimic_fast.files import machine_errors, write_atomic
+from mimic_fast.mutual_information.locate import MutualInformation, locate_layers
+from mimic_fast.progress import Event, Reporter, silent
+from mimic_fast.recipe import settings_json
+from mimic_fast.step import Student
+from mimic_fast.training import Task, Trained, train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PurifyResult:
+    """What a purification leaves behind.
+
+    Args:
+        out: Run directory.
+        encoder: Path of the purified encoder.
+        purified: The encoder itself, on CPU, in eval mode.
+        teacher: The suspect encoder it was distilled from.
+        clean_set: The images used.
+        pool: Those images decoded, uint8 ``[n, C, S, S]``; the last ``clean_set.hold_out`` were held out.
+        mutual_information: Step A's result.
+        trained: Cost of step B.
+        seconds: Wall time of the whole call.
+    """
+
+    out: Path
+    encoder: Path
+    purified: Encoder
+    teacher: LoadedEncoder
+    clean_set: CleanSet
+    pool: Tensor
+    mutual_information: MutualInformation
+    trained: Trained
+    seconds: float
+
+
+def purify(
+    settings: Settings,
+    *,
+    world: int = 1,
+    report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
+) -> PurifyResult:
+    """Purifies ``settings.encoder.teacher`` with clean images of ``settings.data.source``.
+
+    Writes into ``settings.run.out``: config.json, clean_set.json, mutual_information.json, metrics.jsonl,
+    state/, encoder.safetensors and encoder.json. Under torchrun every process calls it.
+
+    Args:
+        settings: Everything.
+        world: Processes the launcher started (its WORLD_SIZE).
+        report: Told of all progress.
+        stop: Polled between chunks and steps; true saves the state and leaves.
+
+    Raises:
+        UsageError: If settings, paths, architecture or budget are wrong.
+        SelfTestError: If a tap is dead or the mutual information unhealthy.
+        UnsafeInputError: If the teacher's file is unsafe or corrupt.
+        DivergedError: If training diverged.
+        StoppedError: If ``stop`` told so.
+        MachineError: If the run directory cannot be written.
+    """
+    began = time.perf_counter()
+    out = _prepared_directory(settings)
+    accelerator, processes = start(settings.run, settings.optim, expected_world=world)
+    report(Event(phase="start", message=_running(processes, settings)))
+    setup = _set_up(settings, processes, report)
+    information = locate_layers(
+        setup.teacher_taps if settings.mi.source == "teacher" else setup.student_taps,
+        setup.pool,
+        settings,
+        names=setup.teacher_taps.taps,
+        processes=processes,
+        state_dir=out / "state" / "locate",
+        report=report,
+        stop=stop,
+    )
+    trained = _distil(setup, information, settings, accelerator, processes, report, stop)
+    purified = setup.student_taps.encoder.to(device="cpu", dtype=torch.float32).eval()
+    path = out / "encoder.safetensors"
+    if processes.is_main:
+        card = _card(setup, information, settings, trained)
+        path = export_encoder(purified, out, key_map=setup.teacher.key_map, card=card)
+    wait_for_all(processes)
+    return PurifyResult(
+        out=out,
+        encoder=path,
+        purified=purified,
+        teacher=setup.teacher,
+        clean_set=setup.clean_set,
+        pool=setup.pool,
+        mutual_information=information,
+        trained=trained,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setup:
+    teacher: LoadedEncoder
+    teacher_taps: TappedEncoder
+    student_taps: TappedEncoder
+    clean_set: CleanSet
+    pool: Tensor
+    without_attention: tuple[str, ...]
+
+
+def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setup:
+    """Teacher, clean images and student, each checked before anything is computed."""
+    assert settings.encoder.teacher is not None and settings.data.source is not None
+    assert settings.run.out is not None
+    teacher = load_encoder(settings.encoder.teacher, settings.encoder)
+    spec = teacher.encoder.spec
+    source = open_source(settings.data.source)
+    clean_set = draw_clean_set(source, settings.data, seed=settings.seed, report=report)
+    pool = load_images(
+        source,
+        [item.index for item in clean_set.items],
+        image_size=spec.image_size,
+        channels=spec.in_channels,
+        report=report,
+    )
+    if processes.is_main:
+        write_clean_set(clean_set, settings.run.out)
+    if clean_set.quarantined:
+        names = ", ".join(key for key, _ in clean_set.quarantined[:3])
+        warnings.warn(
+            f"{len(clean_set.quarantined)} corrupt images left out ({names}); see quarantine.json",
+            stacklevel=3,
+        )
+    taps = settings.encoder.taps or default_taps(teacher.encoder)
+    teacher.encoder.requires_grad_(False)
+    teacher_taps = TappedEncoder(teacher.encoder, taps).to(processes.device).eval()
+    # The student is built from the specification alone: no weight or buffer of the teacher enters it.
+    student = build_encoder(spec, seed=settings.seed)
+    student_taps = TappedEncoder(student, taps).to(processes.device)
+    sample = plain_view(pool[:16], image_size=spec.image_size).to(processes.device)
+    self_test(student_taps, teacher_taps, sample)
+    synchronize_batchnorm(student_taps, processes)
+    return _Setup(
+        teacher=teacher,
+        teacher_taps=teacher_taps,
+        student_taps=student_taps,
+        clean_set=clean_set,
+        pool=pool,
+        without_attention=attention_free_taps(teacher_taps),
+    )
+
+
+def _distil(
+    setup: _Setup,
+    information: MutualInformation,
+    settings: Settings,
+    accelerator: "Accelerator",
+    processes: Processes,
+    report: Reporter,
+    stop: Callable[[], bool],
+) -> Trained:
+    weights = tuple(
+        0.0
+        if layer.tap in setup.without_attention or settings.loss.attention_weight == 0
+        else layer.weight
+        for layer in information.layers
+    )
+    if setup.without_attention:
+        names = ", ".join(setup.without_attention)
+        report(Event(phase="distil", message=f"no attention loss on 1x1 maps: {names}"))
+    projection = settings.loss.projection if settings.loss.contrastive > 0 else 0
+    student = Student(setup.student_taps, projection=projection, seed=settings.seed)
+    task = Task(
+        student=student.to(processes.device),
+        teacher=setup.teacher_taps,
+        layer_weights=weights,
+        pool=setup.pool[: len(setup.pool) - setup.clean_set.hold_out],
+        fingerprint={
+            "kind": "purify",
+            "teacher": setup.teacher.sha256,
+            "clean_set": setup.clean_set.sha256,
+            "layer_weights": list(weights),
+            "settings": _identity(settings),
+        },
+        out=settings.run.out,
+    )
+    return train(
+        task,
+        settings=settings,
+        accelerator=accelerator,
+        processes=processes,
+        report=report,
+        stop=stop,
+    )
+
+
+def _prepared_directory(settings: Settings) -> Path:
+    """The run directory with its config.json, or an error before any work is done."""
+    if settings.encoder.teacher is None:
+        raise UsageError("no teacher given; use --teacher or encoder.teacher in the recipe")
+    if settings.data.source is None:
+        raise UsageError("no clean images given; use --data or data.source in the recipe")
+    out = settings.run.out
+    if out is None:
+        raise UsageError("no run directory given; use --out or run.out in the recipe")
+    if settings.run.resume == "never" and (out / "config.json").exists():
+        raise UsageError(f"{out} already holds a run; use --resume auto or another --out")
+    with machine_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "config.json", settings_json(settings).encode())
+    return out
+
+
+def _card(
+    setup: _Setup, information: MutualInformation, settings: Settings, trained: Trained
+) -> dict[str, Any]:
+    return {
+        "kind": "purified",
+        "teacher": {"sha256": setup.teacher.sha256, "format": setup.teacher.format},
+        "clean_set": {
+            "sha256": setup.clean_set.sha256,
+            "size": len(setup.clean_set.items),
+            "fraction": setup.clean_set.fraction,
+        },
+        "layer_weights": {layer.tap: layer.weight for layer in information.layers},
+        "steps": trained.steps,
+        "settings": settings.model_dump(mode="json"),
+    }
+
+
+def _identity(settings: Settings) -> str:
+    """The settings that decide the weights; where they are written does not."""
+    keep = {"max_steps": settings.run.max_steps}
+    return settings_json(settings.model_copy(update={"run": RunSettings(**keep)}))
+
+
+def _running(processes: Processes, settings: Settings) -> str:
+    return (
+        f"{processes.world} process(es) on {processes.device.type}, "
+        f"precision {settings.optim.precision}, preset {settings.preset}"
+    )

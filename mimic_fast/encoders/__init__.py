@@ -1,0 +1,1 @@
+"""Reading untrusted checkpoints, building encoders, tapping their layers, exporting them."""

@@ -1,0 +1,221 @@
+"""Reading an untrusted checkpoint: nothing in it runs, its numbers are checked, its claims are validated.
+
+The file's first bytes decide its format, not its name. safetensors and ``torch.save`` files are read; the latter
+through ``weights_only=True`` alone.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mimic_fast.config import EncoderSettings
+from mimic_fast.encoders.build import Encoder, build_encoder
+from mimic_fast.encoders.names import match_keys
+from mimic_fast.encoders.recognise import recognise_spec
+from mimic_fast.encoders.torch_file import read_torch_tensors
+from mimic_fast.errors import UnsafeInputError, UsageError
+from mimic_fast.files import sha256_file
+
+METADATA_KEY = "mimic_fast"
+
+_RECOGNISE = EncoderSettings()
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+_LARGEST_CARD = 1_000_000  # bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a file holds, before anything is known about the architecture.
+
+    Args:
+        path: Where it was read from.
+        format: By its content.
+        sha256: Hex digest of the file.
+        tensors: Every tensor by its original key, on the CPU; may be mapped from the file.
+        card: Our card if there is one (it has a ``spec``); claims, not facts.
+    """
+
+    path: Path
+    format: Literal["safetensors", "torch"]
+    sha256: str
+    tensors: dict[str, Tensor]
+    card: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedEncoder:
+    """An encoder with the weights of a checkpoint, and the facts needed to write one like it.
+
+    Args:
+        encoder: On the CPU, in evaluation mode.
+        path: The checkpoint.
+        format: Of the checkpoint.
+        sha256: Of the checkpoint.
+        key_map: Backbone key to the checkpoint's key.
+        dtypes: Backbone key to the checkpoint's number type.
+        unused: Keys of the checkpoint that are no part of the encoder (classifier, projector).
+        assumed: Fields of the specification that rest on convention; see :class:`Recognised`.
+    """
+
+    encoder: Encoder
+    path: Path
+    format: Literal["safetensors", "torch"]
+    sha256: str
+    key_map: dict[str, str]
+    dtypes: dict[str, torch.dtype]
+    unused: tuple[str, ...]
+    assumed: tuple[str, ...]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads all tensors of a checkpoint, executing nothing.
+
+    Raises:
+        UsageError: If there is no such readable file.
+        UnsafeInputError: If it is damaged, pretends to another format, holds code, inflates, or has numbers that are
+            not finite.
+    """
+    kind = _format(path)
+    digest = sha256_file(path)
+    metadata: Mapping[str, str] = {}
+    if kind == "safetensors":
+        tensors, metadata = _read_safetensors(path)
+    else:
+        tensors = read_torch_tensors(path, zipped=kind == "zip")
+    _check_finite(path, tensors)
+    return Checkpoint(
+        path=path,
+        format="safetensors" if kind == "safetensors" else "torch",
+        sha256=digest,
+        tensors=tensors,
+        card=_read_card(path, digest, metadata),
+    )
+
+
+def load_encoder(path: Path, settings: EncoderSettings = _RECOGNISE) -> LoadedEncoder:
+    """Builds the encoder of a checkpoint and fills it with its weights.
+
+    Args:
+        path: Checkpoint file.
+        settings: What is given wins over the card and over what the keys show.
+
+    Raises:
+        UsageError: If the file is missing, the architecture cannot be told, or the weights do not fit it.
+        UnsafeInputError: As in :func:`read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    found = recognise_spec(checkpoint.tensors, settings, checkpoint.card)
+    # Seeded, so that loading draws nothing from the global random state; every weight is overwritten.
+    encoder = build_encoder(found.spec, seed=0)
+    own = encoder.backbone.state_dict()
+    shapes = {key: tensor.shape for key, tensor in own.items()}
+    match = match_keys(shapes, checkpoint.tensors, architecture=found.spec.architecture)
+    with torch.no_grad():
+        for key, name in match.keys.items():
+            value = checkpoint.tensors[name]
+            if value.is_floating_point() != own[key].is_floating_point():
+                raise UsageError(f"{path}: {name!r} has type {value.dtype}, needs {own[key].dtype}")
+            own[key].copy_(value)
+    return LoadedEncoder(
+        encoder=encoder.eval(),
+        path=path,
+        format=checkpoint.format,
+        sha256=checkpoint.sha256,
+        key_map=match.keys,
+        dtypes={key: checkpoint.tensors[name].dtype for key, name in match.keys.items()},
+        unused=match.unused,
+        assumed=found.assumed,
+    )
+
+
+def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UsageError(f"checkpoint {path} does not exist; give the path of a file") from None
+    except OSError as error:
+        raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    torch_format = _torch_format(head)
+    if torch_format and path.suffix == ".safetensors":
+        raise UnsafeInputError(
+            f"{path} is named .safetensors but holds a pickle, which can run code; refused"
+        )
+    if torch_format:
+        return torch_format
+    if len(head) < 9 or head[8:9] != b"{":
+        raise UnsafeInputError(
+            f"{path} is neither a safetensors nor a torch checkpoint (damaged, or another format)"
+        )
+    header = int.from_bytes(head[:8], "little")
+    if header > _LARGEST_HEADER or 8 + header > size:
+        raise UnsafeInputError(
+            f"{path} claims a header of {header} bytes in a file of {size}; truncated or tampered with"
+        )
+    return "safetensors"
+
+
+def _torch_format(head: bytes) -> Literal["zip", "pickle"] | None:
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    return "pickle" if head[:1] == b"\x80" and head[1:2] <= b"\x05" and head[8:9] != b"{" else None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsafeInputError(f"{path} is a damaged safetensors file: {reason}") from None
+    if not tensors:
+        raise UnsafeInputError(f"{path} holds no tensors; give an encoder's weights")
+    return tensors, metadata
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_complex():
+            raise UnsafeInputError(f"{path}: {name!r} holds complex numbers; not an encoder's weights")
+        if not tensor.is_floating_point():
+            continue
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+        if not bool(torch.isfinite(wide).all()):
+            raise UnsafeInputError(
+                f"{path}: {name!r} holds values that are not finite; the checkpoint is damaged"
+            )
+
+
+def _read_card(path: Path, digest: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The card beside the file, else the one inside it; JSON without a ``spec`` is somebody else's."""
+    beside = path.with_suffix(".json")
+    card = None
+    if beside.is_file() and beside.stat().st_size <= _LARGEST_CARD:
+        card = _parse_card(beside.read_bytes(), beside)
+    if card is None and METADATA_KEY in metadata:
+        card = _parse_card(metadata[METADATA_KEY].encode(), path)
+    if card is not None and card.get("sha256", digest) != digest:
+        raise UnsafeInputError(
+            f"{beside} names another file (sha256 {str(card['sha256'])[:12]}..., {path.name} has "
+            f"{digest[:12]}...); one of the two was changed"
+        )
+    return card
+
+
+def _parse_card(text: bytes, path: Path) -> dict[str, Any] | None:
+    try:
+        card = json.loads(text)
+    except (ValueError, RecursionError):
+        warnings.warn(f"{path} is not a readable card and was ignored", stacklevel=4)
+        return None
+    return card if isinstance(card, dict) and isinstance(card.get("spec"), dict) else None

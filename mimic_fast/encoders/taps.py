@@ -1,0 +1,223 @@
+"""Taps: the feature maps of chosen layers, read by forward hooks while the encoder runs.
+
+Hooks live only during a forward pass, so copying, wrapping and saving a tapped encoder need no care. ViT tokens
+become maps by dropping class and register tokens and restoring the grid. ``method.md`` sections 2 and 3.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mimic_fast.encoders.build import Encoder
+from mimic_fast.errors import SelfTestError, UsageError
+
+FeatureMap = Float[Tensor, "batch map_channel map_height map_width"]
+
+# Module lists that hold a network's stages or blocks, by library.
+_CONTAINERS = ("blocks", "stages", "layers", "encoder.layers", "features", "trunk_output")
+
+
+class TappedEncoder(nn.Module):
+    """An encoder that also returns the feature maps of its taps.
+
+    Args:
+        encoder: What runs; its keys keep the prefix ``encoder.``.
+        taps: Module paths relative to ``encoder.backbone``, shallow to deep.
+
+    Raises:
+        UsageError: If a tap does not exist, is given twice or none is given.
+    """
+
+    def __init__(self, encoder: Encoder, taps: tuple[str, ...]) -> None:
+        super().__init__()
+        modules = dict(encoder.backbone.named_modules())
+        for tap in taps:
+            if tap not in modules or not tap:
+                raise UsageError(
+                    f"tap layer {tap!r} is not in {encoder.spec.architecture}; "
+                    f"have: {_summary(list(modules)[1:])}"
+                )
+        if not taps or len(set(taps)) != len(taps):
+            raise UsageError(f"encoder.taps must name different layers, at least one; got {taps}")
+        self.encoder = encoder
+        self.taps = tuple(taps)
+
+    def forward(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> tuple[Float[Tensor, "batch feature"], tuple[FeatureMap, ...]]:
+        """Features and one live feature map per tap, in the order of ``taps``.
+
+        Raises:
+            UsageError: If a tap's output is not a feature map or a grid of tokens.
+        """
+        features, outputs = self._run(images)
+        return features, tuple(map(self._feature_map, self.taps, outputs))
+
+    def pooled(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        *,
+        pool: Literal["mean", "class_token"],
+    ) -> tuple[Float[Tensor, "batch feature"], tuple[Float[Tensor, "batch _"], ...]]:
+        """Features and one vector per tap.
+
+        Args:
+            images: Un-normalised, in [0, 1].
+            pool: ``mean`` over the positions of the map; ``class_token`` takes that token where the tap returns
+                tokens. Taps of CNNs are always averaged.
+
+        Raises:
+            UsageError: As in ``forward``, or if there is no class token.
+        """
+        features, outputs = self._run(images)
+        vectors: list[Tensor] = []
+        for tap, output in zip(self.taps, outputs, strict=True):
+            if pool == "class_token" and output.ndim == 3:
+                if not _has_class_token(self.encoder.backbone):
+                    raise UsageError(
+                        f"{self.encoder.spec.architecture} has no class token; set mi.pool = 'mean'"
+                    )
+                vectors.append(output[:, 0])
+            else:
+                vectors.append(self._feature_map(tap, output).mean((2, 3)))
+        return features, tuple(vectors)
+
+    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        caught: dict[str, list[Any]] = {tap: [] for tap in self.taps}
+        with ExitStack() as hooks:
+            for tap in self.taps:
+                module = self.encoder.backbone.get_submodule(tap)
+                hooks.enter_context(_hooked(module, caught[tap]))
+            features = self.encoder(images)
+        for tap, outputs in caught.items():
+            if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+                what = f"ran {len(outputs)} times" if len(outputs) != 1 else "returns no tensor"
+                raise UsageError(
+                    f"tap layer {tap!r} {what} in one forward; a tap must run once and return a tensor"
+                )
+        return features, [outputs[0] for outputs in caught.values()]
+
+    def _feature_map(self, tap: str, output: Tensor) -> Tensor:
+        backbone = self.encoder.backbone
+        if output.ndim == 2:
+            return output[:, :, None, None]
+        if output.ndim == 3:
+            tokens = output[:, _prefix_tokens(backbone) :]
+            side = math.isqrt(tokens.shape[1])
+            if side and side * side == tokens.shape[1]:
+                return tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if output.ndim == 4:
+            # Images are square, so the equal pair of axes is the spatial one.
+            channels_last = str(getattr(backbone, "output_fmt", "")).endswith("NHWC")
+            if output.shape[1] == output.shape[2] and (
+                channels_last or output.shape[2] != output.shape[3]
+            ):
+                return output.permute(0, 3, 1, 2)
+            if output.shape[2] == output.shape[3]:
+                return output
+        raise UsageError(
+            f"tap layer {tap!r} returns {list(output.shape)}, which is neither a square feature map "
+            "nor a square grid of tokens; choose another layer"
+        )
+
+
+def default_taps(encoder: Encoder) -> tuple[str, ...]:
+    """The stages of a CNN or the blocks of a ViT, shallow to deep.
+
+    Raises:
+        UsageError: If the architecture has neither under a known name.
+    """
+    backbone = encoder.backbone
+    for stem in ("layer", "s", "stage", "block"):
+        names = tuple(f"{stem}{n}" for n in range(1, 9) if _submodule(backbone, f"{stem}{n}"))
+        if len(names) > 1:
+            return names
+    for path in _CONTAINERS:
+        container = _submodule(backbone, path)
+        if container is None:
+            continue
+        # A child without children is one convolution or activation, not a stage.
+        stages = [name for name, child in container.named_children() if any(child.children())]
+        if len(stages) > 1:
+            return tuple(f"{path}.{name}" for name in stages)
+    raise UsageError(
+        f"{encoder.spec.architecture} has no layers known as stages or blocks; give encoder.taps, "
+        f"of: {_summary([name for name, _ in backbone.named_modules() if name])}"
+    )
+
+
+def tap_shapes(tapped: TappedEncoder) -> dict[str, tuple[int, int, int]]:
+    """Channels, height and width of every tap's map at the encoder's image size."""
+    spec, mean = tapped.encoder.spec, tapped.encoder.mean
+    image = mean.new_zeros(1, spec.in_channels, spec.image_size, spec.image_size)
+    with undisturbed(tapped), torch.no_grad():
+        _, maps = tapped(image)
+    return {
+        tap: (m.shape[1], m.shape[2], m.shape[3]) for tap, m in zip(tapped.taps, maps, strict=True)
+    }
+
+
+def attention_free_taps(tapped: TappedEncoder) -> tuple[str, ...]:
+    """Taps whose map has one position: its normalised attention map is always 1 and says nothing."""
+    return tuple(tap for tap, (_, h, w) in tap_shapes(tapped).items() if h * w == 1)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Runs ``module`` in evaluation mode and puts modes, buffers and random states back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    devices = {b.device.index for b in (*module.parameters(), *module.buffers()) if b.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+@contextmanager
+def _hooked(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _prefix_tokens(backbone: nn.Module) -> int:
+    """Class and register tokens in front of the patch tokens: timm counts them, torchvision has one."""
+    count = getattr(backbone, "num_prefix_tokens", None)
+    return count if isinstance(count, int) else int(_has_class_token(backbone))
+
+
+def _has_class_token(backbone: nn.Module) -> bool:
+    return any(
+        isinstance(getattr(backbone, name, None), Tensor) for name in ("cls_token", "class_token")
+    )
+
+
+def _summary(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 12 else ", ".join([*names[:12], "..."])

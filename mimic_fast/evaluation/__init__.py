@@ -1,0 +1,1 @@
+"""Measuring encoders: triggers, probes, metrics, agreement."""

@@ -1,0 +1,74 @@
+"""Features of many images, batch by batch, with or without a trigger."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from mimic_fast.errors import UnsafeInputError, UsageError
+from mimic_fast.evaluation.triggers import Trigger, apply_trigger, fit_trigger
+from mimic_fast.progress import Event, Reporter, silent
+
+
+def encode(
+    encoder: nn.Module,
+    images: Shaped[Tensor, "image channel height width"],
+    *,
+    batch_size: int = 256,
+    trigger: Trigger | None = None,
+    report: Reporter = silent,
+) -> Float[Tensor, "image feature"]:
+    """Features in float32 on the CPU, in eval mode, without gradient.
+
+    The encoder's mode, module by module, is restored. Images go to the encoder's device and type.
+
+    Args:
+        encoder: Maps images in [0, 1] to features ``[B, D]``; normalises by itself.
+        images: uint8 in 0..255, or floating point in [0, 1].
+        batch_size: Images per forward.
+        trigger: Stamped on every image if given, resized to fit.
+        report: Told the number of images done.
+
+    Raises:
+        UsageError: If there are no images.
+        UnsafeInputError: If a feature is not finite.
+    """
+    if not len(images):
+        raise UsageError("no images to encode; give at least one")
+    if trigger is not None:
+        _, channels, size, _ = images.shape
+        trigger = fit_trigger(trigger, image_size=size, channels=channels)
+    weight = next(encoder.parameters())
+    chunks: list[Tensor] = []
+    with eval_mode(encoder), torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            batch = _as_float(images[start : start + batch_size]).to(weight)
+            if trigger is not None:
+                batch = apply_trigger(batch, trigger)
+            chunks.append(encoder(batch).float().cpu())
+            done = min(start + batch_size, len(images))
+            report(Event(phase="encode", done=done, total=len(images), unit="images"))
+    features = torch.cat(chunks)
+    if not bool(features.isfinite().all()):
+        raise UnsafeInputError(
+            "the encoder gives features that are not finite; its weights are damaged"
+        )
+    return features
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every submodule's own mode afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def _as_float(images: Tensor) -> Tensor:
+    return images if images.is_floating_point() else images.float() / 255

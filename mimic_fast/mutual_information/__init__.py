@@ -1,0 +1,1 @@
+"""Step A: which layers hold benign knowledge."""

@@ -1,0 +1,141 @@
+"""Equal-mass bins, their joint counts, and the nats in them.
+
+Counts are integers and the exact chance level is known for any margins, so nothing here is averaged over
+batches: the plug-in estimate of one table from all images is what carries the information.
+"""
+
+import torch
+from jaxtyping import Float, Float64, Int, UInt8
+from torch import Tensor
+
+from mimic_fast.errors import SelfTestError
+
+AUTO_BINS = (4, 8, 12, 16, 24, 32)
+LARGEST_BIAS = 0.125  # nats per pair, (K - 1)^2 / (2 n): a sparser table is noise
+
+
+def choose_bins(requested: int | str, images: int, *, force: bool) -> int:
+    """Bins per axis, K.
+
+    Args:
+        requested: 'auto' for the largest K of ``AUTO_BINS`` whose bias is at most ``LARGEST_BIAS``, or a K.
+        images: Images in one histogram (half the clean set under cross-fitting).
+        force: Permit tables that are too sparse.
+
+    Raises:
+        SelfTestError: If the table would be too sparse for the number of images.
+    """
+    fitting = [bins for bins in AUTO_BINS if plug_in_bias(bins, images) <= LARGEST_BIAS]
+    if requested == "auto":
+        if not fitting and not force:
+            raise SelfTestError(
+                f"mutual information needs at least {2 * _images_needed(AUTO_BINS[0])} clean images, "
+                f"got about {2 * images}; draw more, or set mi.force"
+            )
+        return max(fitting, default=AUTO_BINS[0])
+    bins = int(requested)
+    if plug_in_bias(bins, images) > LARGEST_BIAS and not force:
+        raise SelfTestError(
+            f"mi.bins = {bins} needs {_images_needed(bins)} images per histogram, got {images}; "
+            f"use mi.bins = 'auto' or more images, or set mi.force"
+        )
+    return bins
+
+
+def plug_in_bias(bins: int, images: int) -> float:
+    """Leading bias of the plug-in estimate of independent variables, nats."""
+    return (bins - 1) ** 2 / (2 * max(1, images))
+
+
+def equal_mass_codes(
+    values: Float[Tensor, "pair image"], *, bins: int
+) -> UInt8[Tensor, "pair image"]:
+    """Bin of every image by its rank: K bins of equal mass, edges from all images given.
+
+    Equal values always share a bin: an edge that would fall inside a run of ties moves to the nearer end of
+    the run (bins may then be empty). Breaking ties by position would invent independence.
+    """
+    pairs, images = values.shape
+    ordered = values.sort(dim=1).values
+    nominal = torch.arange(1, bins, device=values.device) * images // bins
+    at_cut = ordered[:, nominal.clamp(max=max(0, images - 1))]
+    run_start = torch.searchsorted(ordered, at_cut)
+    run_end = torch.searchsorted(ordered, at_cut, right=True)
+    cuts = torch.where(nominal - run_start <= run_end - nominal, run_start, run_end)
+    below = torch.searchsorted(ordered, values)
+    return torch.searchsorted(cuts, below, right=True).to(torch.uint8)
+
+
+def plug_in_information(
+    counts: Int[Tensor, "*table bins bins"],
+) -> Float64[Tensor, "*table"]:
+    """Mutual information of a table of counts as it stands, nats: log n + sum of f over cells and margins.
+
+    With f(c) = c log c: I = log n + (sum f(n_xy) - sum f(n_x) - sum f(n_y)) / n. Biased upward.
+    """
+    cells = _c_log_c(counts).sum(dim=(-2, -1))
+    rows = _c_log_c(counts.sum(dim=-1)).sum(dim=-1)
+    columns = _c_log_c(counts.sum(dim=-2)).sum(dim=-1)
+    images = counts.sum(dim=(-2, -1)).clamp(min=1).double()
+    return images.log() + (cells - rows - columns) / images
+
+
+def margin_entropy(margin: Int[Tensor, "*table bins"]) -> Float64[Tensor, "*table"]:
+    """Entropy of one axis, nats: log K for untied equal-mass bins, the most that any pair can show."""
+    images = margin.sum(dim=-1).clamp(min=1).double()
+    return images.log() - _c_log_c(margin).sum(dim=-1) / images
+
+
+def chance_information(
+    x_margin: Int[Tensor, "pair bins"], y_margin: Int[Tensor, "pair bins"]
+) -> Float64[Tensor, " pair"]:
+    """Mean plug-in information over all shuffled pairings with these margins, exact, nats.
+
+    Under a random pairing a cell with margins a and b holds a hypergeometric number of images, so the mean of
+    f(n_xy) is a short sum (Vinh, Epps and Bailey, JMLR 11, 2010, "expected mutual information"). It is the
+    limit of infinitely many shuffles, without their noise, and right for ties too.
+    """
+    pairs, bins = x_margin.shape
+    images = x_margin.sum(dim=1)
+    shape = (pairs, bins, bins)
+    triples = torch.stack(
+        [
+            images[:, None, None].expand(shape),
+            x_margin[:, :, None].expand(shape),
+            y_margin[:, None, :].expand(shape),
+        ],
+        dim=-1,
+    ).reshape(-1, 3)
+    distinct, which = torch.unique(triples.long(), dim=0, return_inverse=True)
+    means = torch.tensor(
+        [_mean_cell(n, a, b) for n, a, b in distinct.tolist()], dtype=torch.float64
+    )
+    cells = means[which].view(pairs, bins * bins).sum(dim=1)
+    rows = _c_log_c(x_margin).sum(dim=1)
+    columns = _c_log_c(y_margin).sum(dim=1)
+    count = images.clamp(min=1).double()
+    return count.log() + (cells - rows - columns) / count
+
+
+def _mean_cell(images: int, a: int, b: int) -> float:
+    low, high = max(0, a + b - images), min(a, b)
+    held = torch.arange(low, high + 1, dtype=torch.float64)
+    log_chance = (
+        _log_choose(a, held) + _log_choose(images - a, b - held) - _log_choose(images, b)
+    )
+    return float((log_chance.exp() * torch.special.xlogy(held, held)).sum())
+
+
+def _log_choose(n: int, k: Tensor | int) -> Tensor:
+    chosen = torch.as_tensor(k, dtype=torch.float64)
+    total = torch.tensor(float(n + 1), dtype=torch.float64)
+    return total.lgamma() - (chosen + 1).lgamma() - (n - chosen + 1).lgamma()
+
+
+def _c_log_c(counts: Int[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    wide = counts.double()
+    return torch.special.xlogy(wide, wide)
+
+
+def _images_needed(bins: int) -> int:
+    return -int(-((bins - 1) ** 2) // (2 * LARGEST_BIAS))
