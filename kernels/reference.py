@@ -68,7 +68,9 @@ def nt_xent(
         selves: Row of ``candidates`` that is the anchor itself, left out of the sum.
         temperature: Divides the cosines.
     """
-    logits = _widened(anchors) @ _widened(candidates).T / temperature
+    # Autocast would round these cosines to bfloat16, three digits before they are exponentiated.
+    with torch.autocast(anchors.device.type, enabled=False):
+        logits = _widened(anchors) @ _widened(candidates).T / temperature
     own = F.one_hot(selves, candidates.shape[0]).bool()
     return F.cross_entropy(logits.masked_fill(own, -torch.inf), positives)
 
@@ -97,7 +99,7 @@ def joint_histogram(
         ValueError: If a code is not below ``bins`` or a group not in ``0..num_groups - 1``.
     """
     pairs, images = x_codes.shape
-    if images and max(int(x_codes.max()), int(y_codes.max())) >= bins:
+    if x_codes.numel() and max(int(x_codes.max()), int(y_codes.max())) >= bins:
         raise ValueError(f"codes must be below bins = {bins}; bin them with the same K")
     if images and not 0 <= int(groups.min()) <= int(groups.max()) < num_groups:
         raise ValueError(f"groups must lie in 0..{num_groups - 1}; number them from 0")

@@ -14,7 +14,7 @@ import typer
 from mimic_fast.errors import UsageError
 
 Recipe = Annotated[
-    Path | None, typer.Argument(help="TOML recipe.", metavar="[RECIPE.toml]", show_default=False)
+    Path | None, typer.Argument(help="TOML recipe.", metavar="RECIPE.toml", show_default=False)
 ]
 Teacher = Annotated[
     Path | None, typer.Option("--teacher", help="Checkpoint of the suspect encoder.")

@@ -11,15 +11,15 @@ import warnings
 from typing import Annotated
 
 import typer
-from mimic_fast.launch.commands.demo import demo
-from mimic_fast.launch.commands.evaluate import evaluate
-from mimic_fast.launch.commands.purify import purify
 
 from mimic_fast.errors import MachineError, MimicError, UsageError
 from mimic_fast.launch.commands import attack, config
+from mimic_fast.launch.commands.demo import demo
+from mimic_fast.launch.commands.evaluate import evaluate
 from mimic_fast.launch.commands.inspect import inspect
 from mimic_fast.launch.commands.locate import locate
 from mimic_fast.launch.commands.pretrain import pretrain
+from mimic_fast.launch.commands.purify import purify
 from mimic_fast.version import VERSION
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: nothing was saved, unlike exit 6
@@ -27,6 +27,7 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C: nothing was saved, unlik
 app = typer.Typer(
     help="Purify backdoored pre-trained vision encoders.",
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -32,8 +32,8 @@ def progress_bars(
         stream: Where to draw; bars only if it is a terminal.
         after: Seconds a phase must last before its bar is shown.
     """
-    stream = stream or sys.stderr
-    if not is_main_process():
+    stream = sys.stderr if stream is None else stream
+    if stream is None or not is_main_process():
         yield silent
     elif not stream.isatty():
         yield lambda event: typer.echo(event.message, file=stream) if event.message else None

@@ -1,7 +1,7 @@
 """Every setting of a purification: frozen, validated, described. ``recipe.py`` reads them from TOML."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -34,7 +34,7 @@ class EncoderSpec(Frozen):
     std: tuple[float, ...] = Field(description="per-channel standard deviation, images in [0, 1]")
 
     @model_validator(mode="after")
-    def _channels_agree(self) -> Self:
+    def _channels_agree(self) -> "EncoderSpec":
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.in_channels:
                 raise ValueError(
@@ -109,7 +109,7 @@ class DataSettings(Frozen):
     grayscale: float = Field(default=0.2, ge=0, le=1, description="probability of grey")
 
     @model_validator(mode="after")
-    def _ranges(self) -> Self:
+    def _ranges(self) -> "DataSettings":
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
@@ -150,7 +150,7 @@ class MutualInformationSettings(Frozen):
     dv_batch: int = Field(default=128, ge=2, description="batch of a critic (dv)")
 
     @model_validator(mode="after")
-    def _bins(self) -> Self:
+    def _bins(self) -> "MutualInformationSettings":
         if self.bins != "auto" and not 2 <= self.bins <= 256:
             raise ValueError(f"bins must be 'auto' or 2..256, got {self.bins}")
         return self
@@ -170,7 +170,7 @@ class HardenSettings(Frozen):
     rectangles: int = Field(default=1, ge=1, description="rectangles per perturbed image")
 
     @model_validator(mode="after")
-    def _area(self) -> Self:
+    def _area(self) -> "HardenSettings":
         low, high = self.area
         if not 0 < low <= high < 1:
             raise ValueError(f"harden.area must satisfy 0 < low <= high < 1, got {self.area}")

@@ -17,8 +17,12 @@ from torch import Tensor
 from mimic_fast.batchnorm import synchronize_batchnorm
 from mimic_fast.config import RunSettings, Settings
 from mimic_fast.data.augment import plain_view
-from mimic_fast.data.clean_set import CleanSet, draw_clean_set, write_clean_set
-from mimic_fast.data.images import load_images
+from mimic_fast.data.clean_set import (
+    CleanSet,
+    draw_clean_set,
+    load_clean_images,
+    write_clean_set,
+)
 from mimic_fast.data.sources import open_source
 from mimic_fast.distributed import Processes, start, wait_for_all
 from mimic_fast.encoders.build import Encoder, build_encoder
@@ -148,9 +152,9 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     spec = teacher.encoder.spec
     source = open_source(settings.data.source)
     clean_set = draw_clean_set(source, settings.data, seed=settings.seed, report=report)
-    pool = load_images(
+    pool = load_clean_images(
         source,
-        [item.index for item in clean_set.items],
+        clean_set,
         image_size=spec.image_size,
         channels=spec.in_channels,
         report=report,

@@ -24,8 +24,8 @@ class Losses:
 
 
 def weighted_attention_loss(
-    student_maps: Sequence[Float[Tensor, "batch _c height width"]],
-    teacher_maps: Sequence[Float[Tensor, "batch _d height2 width2"]],
+    student_maps: Sequence[Float[Tensor, "batch _ _ _"]],
+    teacher_maps: Sequence[Float[Tensor, "batch _ _ _"]],
     layer_weights: Sequence[float],
     *,
     settings: LossSettings,
@@ -74,7 +74,7 @@ def contrastive_loss(
     The mean over processes is the loss of one process on the joined batch, in value and gradient.
     """
     batch = first.shape[0]
-    local = F.normalize(torch.cat([first, second]), dim=1)
+    local = F.normalize(torch.cat([first, second]).to(_wide(first)), dim=1)
     candidates = gather_with_gradient(local, processes)
     start = processes.rank * 2 * batch
     selves = torch.arange(start, start + 2 * batch, device=local.device)

@@ -12,25 +12,30 @@ from mimic_fast.config import OptimSettings
 def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """The optimizer of the settings, fused so that a step can be skipped on the device.
 
-    AdamW leaves vectors (biases, normalization, tokens) undecayed, as is usual; Adam and SGD decay all,
-    as the authors' demo does.
+    AdamW leaves vectors (biases, normalization) and tokens (class, register, positions) undecayed, as is
+    usual; Adam and SGD decay all, as the authors' demo does.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if settings.name == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters,
             settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        if settings.momentum > 0:
+            # Where the first step is skipped, torch would keep uninitialized memory as momentum.
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if settings.name == "adam":
         return torch.optim.Adam(
             parameters, settings.lr, weight_decay=settings.weight_decay, fused=True
         )
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _decays(p)], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if not _decays(p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], settings.lr, fused=True)
 
@@ -75,3 +80,8 @@ def gradient_norm(parameters: Iterable[Tensor], *, clip: float) -> Tensor:
     """L2 norm of all gradients before clipping to ``clip`` (0: not clipped); stays on the device."""
     limit = clip if clip > 0 else math.inf
     return torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False)
+
+
+def _decays(parameter: Tensor) -> bool:
+    # Tokens and position embeddings of timm and torchvision are [1, tokens, width].
+    return parameter.ndim > 1 and not (parameter.ndim == 3 and parameter.shape[0] == 1)

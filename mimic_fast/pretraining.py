@@ -75,7 +75,7 @@ def pretrain(
         raise UsageError("pre-training needs data.source (--data) and run.out (--out)")
     source = open_source(settings.data.source)
     report(Event(phase="load", message=f"{len(source)} images of {source.name}"))
-    pool = load_images(
+    pool, _ = load_images(
         source,
         range(len(source)),
         image_size=settings.spec.image_size,

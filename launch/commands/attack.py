@@ -48,6 +48,7 @@ def badencoder(
     """BadEncoder (IEEE S&P 2022): triggered images get the features of a reference image."""
     from mimic_fast.attacks.badencoder import BadEncoderSettings
     from mimic_fast.attacks.badencoder import badencoder as run
+    from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.recipe import load_recipe
 
@@ -58,6 +59,7 @@ def badencoder(
         "run": given(out=out),
     }
     settings = load_recipe(BadEncoderSettings, recipe, overrides=overrides or (), values=values)
+    keep_freed_memory()
     with progress_bars() as report:
         result = run(settings, report=report)
     if as_json:

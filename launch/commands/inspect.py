@@ -15,7 +15,6 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds: format, architecture, keys, taps, digest; executes nothing."""
     from mimic_fast.encoders.inspect import inspect_checkpoint
-
     from mimic_fast.recipe import load_settings
 
     facts = inspect_checkpoint(file, load_settings(overrides=overrides or ()).encoder)

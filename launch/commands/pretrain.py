@@ -29,6 +29,7 @@ def pretrain(
     """Pre-train a small encoder by SimCLR: what attacks and comparisons start from."""
     from mimic_fast.distributed import StopSignal
     from mimic_fast.files import sha256_file
+    from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.pretraining import PretrainSettings
     from mimic_fast.pretraining import pretrain as run
@@ -40,6 +41,7 @@ def pretrain(
         "run": given(out=out, resume=resume, device=device),
     }
     settings = load_recipe(PretrainSettings, recipe, overrides=overrides or (), values=values)
+    keep_freed_memory()
     with StopSignal() as stop, progress_bars() as report:
         result = run(settings, report=report, stop=stop)
     trained = result.trained

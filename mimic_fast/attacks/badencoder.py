@@ -18,8 +18,9 @@ from mimic_fast import ops
 from mimic_fast.config import DataSettings, EncoderSettings, Frozen, OptimSettings, RunSettings
 from mimic_fast.data.augment import augmented_view, plain_view
 from mimic_fast.data.images import load_images
+from mimic_fast.data.items import Source
 from mimic_fast.data.loader import epoch_order, steps_per_epoch
-from mimic_fast.data.sources import Source, open_source
+from mimic_fast.data.sources import open_source
 from mimic_fast.distributed import SINGLE
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import export_encoder
@@ -90,7 +91,7 @@ def badencoder(settings: BadEncoderSettings, *, report: Reporter = silent) -> At
     source = open_source(source_name)
     count = min(settings.shadow_images or len(source), len(source))
     order = epoch_order(len(source), seed=settings.seed, epoch=0)[:count].tolist()
-    pool = load_images(
+    pool, _ = load_images(
         source, order, image_size=spec.image_size, channels=spec.in_channels, report=report
     )
     reference = _reference_image(settings.reference, source, clean.encoder)
@@ -231,5 +232,5 @@ def _reference_image(text: str | None, source: Source, encoder: Encoder) -> Tens
         index = source.keys.index(Path(text).name)
     else:
         raise UsageError(f"reference {text!r} is neither a file nor 'class:K'")
-    loaded = load_images(source, [index], image_size=size, channels=channels, evaluation=True)
+    loaded, _ = load_images(source, [index], image_size=size, channels=channels, evaluation=True)
     return loaded[0]

@@ -85,11 +85,9 @@ def _crop_boxes(u: Tensor, side: int, settings: DataSettings) -> Tensor:
 
 
 def _central_box(side: int, settings: DataSettings) -> Tensor:
-    low, high = settings.crop_ratio
-    width = side if low <= 1 else min(side, round(side * low))
-    height = side if high >= 1 else round(side * high)
-    width = width if high >= 1 else round(height * high)
-    height = height if low <= 1 else round(side / low)
+    low, high = settings.crop_ratio  # of width to height
+    width = round(side * min(1.0, high))
+    height = round(side / max(1.0, low))
     return torch.tensor([(side - height) // 2, (side - width) // 2, height, width])
 
 

@@ -55,7 +55,9 @@ def _brightness(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, amount: Tensor) -> Tensor:
-    mean = to_gray(images).mean(dim=(1, 2, 3), keepdim=True)
+    # Rows first: the mean of a single image in one go would be split among threads, and its last bits
+    # would depend on how many images of the batch happen to be here.
+    mean = to_gray(images).mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
     return torch.lerp(mean, images, 1 + amount).clamp(0, 1)
 
 

@@ -29,7 +29,7 @@ def uniforms(
     key = torch.tensor(_GOLDEN, device=ids.device)
     for part in (seed, epoch, stream):
         key = _mixed(key + torch.tensor(part, device=ids.device) * _GOLDEN)
-    items = _mixed(key + ids * _GOLDEN)
+    items = _mixed(key + ids.long() * _GOLDEN)
     counters = torch.arange(1, count + 1, device=ids.device) * _GOLDEN
     bits = _mixed(items[:, None] + counters)
     return _shifted(bits, 40).float() * 2.0**-24

@@ -6,7 +6,9 @@ pixels in 10 classes.
 """
 
 import hashlib
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +56,7 @@ SHA256 = {
 }
 
 _SIZE = 28
+_STALE_SECONDS = 3600
 _IMAGE_HEADER, _LABEL_HEADER = 16, 8  # idx files: magic and dimensions, then bytes
 
 
@@ -124,6 +127,7 @@ def fetch_fashion_mnist(
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / ".lock"):
             if not _intact(files):
+                _remove_stale(folder)
                 for name, data in _fetch(folder, installed, mirrors, report).items():
                     write_atomic(files[name], data)
     return files
@@ -163,7 +167,17 @@ def _check(contents: dict[str, bytes]) -> None:
 
 
 def _intact(files: dict[str, Path]) -> bool:
-    return all(path.is_file() and sha256_file(path) == SHA256[name] for name, path in files.items())
+    try:
+        return all(sha256_file(path) == SHA256[name] for name, path in files.items())
+    except OSError:
+        return False
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what killed processes left; what is young may be in use where there are no locks."""
+    for path in folder.glob(".*-*"):
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _decode(data: bytes) -> UInt8[Tensor, "1 28 28"]:

@@ -26,8 +26,8 @@ _ANSWER_SECONDS = 4.0
 _DOWNLOAD_SECONDS = 300.0
 _APT_SECONDS = 300.0
 
-# Own state and cache. No hooks: after an update some clean the system's cache or refresh its desktop
-# catalog. No switch to the _apt user, who may not enter a home folder. Signatures are checked as
+# Own state and cache. No hooks: after an update, some clean the system's cache or refresh its
+# desktop catalog. No switch to the _apt user, who may not enter a home folder. Signatures are checked as
 # ever.
 _APT_CONFIG = """\
 #clear APT::Update::Pre-Invoke;
@@ -92,7 +92,7 @@ def from_mirrors(
 
 
 def from_apt(folder: Path, names: Sequence[str], report: Reporter) -> dict[str, bytes]:
-    """Downloads the Debian package with apt-get and unpacks it, in a temporary folder in ``folder``.
+    """Downloads the Debian package with apt-get and unpacks it, in a folder that is then removed.
 
     Raises:
         FetchError: If this is no Debian-like system or the package cannot be had.
@@ -108,7 +108,7 @@ def from_apt(folder: Path, names: Sequence[str], report: Reporter) -> dict[str, 
         (work / "status").touch()
         (work / "apt.conf").write_text(_APT_CONFIG.format(folder=work), encoding="utf-8")
         apt = ["apt-get", "-c", "apt.conf", "-qq"]
-        # A foreign repository that fails makes update fail, and does not matter if the package is found.
+        # A third party's repository may make it fail; what counts is that the package is found.
         _run([*apt, "update"], work)
         failure = _run([*apt, "download", DEBIAN_PACKAGE], work)
         package = next(work.glob("*.deb"), None)

@@ -15,7 +15,7 @@ from mimic_fast.data.augment import plain_view
 from mimic_fast.data.counter import uniforms
 
 _STREAM = 1000  # apart from the views' streams
-_ASPECT = math.log(3.0)  # height / width between 1/3 and 3, log-uniform
+_ASPECT = math.log(3.0)  # height / width between 1/3 and 3 where that fits, log-uniform
 
 
 def hardened(
@@ -37,13 +37,15 @@ def hardened(
         seed: Seed of the run.
         epoch: Pass over the data.
     """
+    if settings.probability == 0:
+        return views
+    chosen = uniforms(ids, 1, seed=seed, epoch=epoch, stream=_STREAM)[:, 0] < settings.probability
+    rows = chosen.nonzero()[:, 0]
     result = views
-    for index in range(settings.rectangles if settings.probability > 0 else 0):
-        u = uniforms(ids, 10, seed=seed, epoch=epoch, stream=_STREAM + 2 * index)
-        rows = (u[:, 0] < settings.probability).nonzero()[:, 0]
-        picked = u[rows]
-        inside = _rectangles(picked, views.shape[2], views.shape[3], settings.area)
-        content = _contents(views[rows], ids[rows], pool, picked, settings, seed, epoch, index)
+    for index in range(settings.rectangles):
+        u = uniforms(ids[rows], 10, seed=seed, epoch=epoch, stream=_STREAM + 2 * index)
+        inside = _rectangles(u, views.shape[2], views.shape[3], settings.area)
+        content = _contents(views[rows], ids[rows], pool, u, settings, seed, epoch, index)
         result = result.index_copy(0, rows, torch.where(inside, content, result[rows]))
     return result
 
@@ -51,8 +53,10 @@ def hardened(
 def _rectangles(u: Tensor, height: int, width: int, area: tuple[float, float]) -> Tensor:
     """Masks ``[B, 1, H, W]``; small areas are as likely as large ones (log-uniform)."""
     low, high = math.log(area[0]), math.log(area[1])
-    size = torch.exp(low + u[:, 1] * (high - low)) * height * width
-    aspect = torch.exp((2 * u[:, 2] - 1) * _ASPECT)
+    log_share = low + u[:, 1] * (high - low)
+    # A large area must be nearly square to fit: share * aspect <= 1 both ways.
+    aspect = torch.exp((2 * u[:, 2] - 1) * (-log_share).clamp(max=_ASPECT))
+    size = log_share.exp() * height * width
     tall = (size * aspect).sqrt().round().clamp(1, height)
     wide = (size / aspect).sqrt().round().clamp(1, width)
     top = (u[:, 3] * (height - tall + 1)).floor()

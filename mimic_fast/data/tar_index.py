@@ -37,12 +37,10 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     with path.open("rb", buffering=0) as file:
         while (header := _header(file, at)) is not None:
             kind = header[156:157]
-            size = _number(header[124:136])
-            if kind in _REGULAR and "size" in extended:
-                size = _decimal(extended["size"])
+            size = 0 if kind in _WITHOUT_DATA else _size(header, extended)
             start = at + _BLOCK
-            at = start if kind in _WITHOUT_DATA else start + -(-size // _BLOCK) * _BLOCK
-            if start + size > end and kind not in _WITHOUT_DATA:
+            at = start + -(-size // _BLOCK) * _BLOCK
+            if at > end:
                 raise DamagedTarError(f"is cut off: {_name(header, extended)!r} is not all there")
             if kind in (b"x", b"L"):
                 extended |= _extension(kind, _read(file, start, size))
@@ -52,18 +50,19 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
             elif kind == b"S" and header[482]:
                 raise DamagedTarError("holds a GNU sparse file of many pieces; pack it without -S")
             extended = extended if kind in (b"K", b"g") else {}
+    if extended:
+        raise DamagedTarError(f"is cut off: {extended.get('path', b'a member')!r} is not there")
 
 
 def _header(file: BinaryIO, at: int) -> bytes | None:
-    """The header block at an offset, or None at the end-of-archive mark."""
+    """The header block at an offset, or None at the end-of-archive mark or the file's very end."""
     file.seek(at)
     header = file.read(_BLOCK)
+    if not header and at:  # some writers leave out the mark, two blocks of zeros
+        return None
     if len(header) < _BLOCK:
-        # Some writers leave out the two blocks of zeros; a file that ends here is whole.
-        if not header and at:
-            return None
-        raise DamagedTarError("is cut off inside a header" if at else "is too short for a tar file")
-    if header[0] == 0 and not any(header):
+        raise DamagedTarError("is cut off inside a header" if at else "is no tar file")
+    if not any(header):
         return None
     total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if total != _number(header[148:156]):
@@ -71,23 +70,24 @@ def _header(file: BinaryIO, at: int) -> bytes | None:
     return header
 
 
-def _number(field: bytes) -> int:
-    """A numeric header field: octal text, or base 256 if the top bit is set (GNU)."""
+def _size(header: bytes, extended: dict[str, bytes]) -> int:
+    """Bytes of the member's data; a pax record ranks above the header."""
+    if header[156:157] in _REGULAR and "size" in extended:
+        text = extended["size"]
+        size = int(text) if text.isdigit() and len(text) < 20 else None
+    else:
+        size = _number(header[124:136])
+    if size is None:
+        raise DamagedTarError(f"has no valid size for {_name(header, extended)!r}")
+    return size
+
+
+def _number(field: bytes) -> int | None:
+    """A numeric header field: octal digits, or base 256 if the top bit is set (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:])
-    text = field.split(b"\0", 1)[0].strip()
-    try:
-        return int(text or b"0", 8) if b"-" not in text else _fail(text)
-    except ValueError:
-        return _fail(text)
-
-
-def _decimal(text: bytes) -> int:
-    return int(text) if text.isdigit() and len(text) < 20 else _fail(text)
-
-
-def _fail(text: bytes) -> int:
-    raise DamagedTarError(f"has a header with the number {text[:20]!r}")
+    digits = field.split(b"\0", 1)[0].strip()
+    return int(digits or b"0", 8) if not digits.strip(b"01234567") else None
 
 
 def _extension(kind: bytes, data: bytes) -> dict[str, bytes]:

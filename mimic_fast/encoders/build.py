@@ -1,25 +1,25 @@
 """Encoders by name: timm or torchvision backbones with random weights and no classifier.
 
-Nothing here downloads: names that stand for published weights are refused, and so are constructor arguments that
-read files. The specification may come from an untrusted card.
+Nothing here downloads: names that stand for published weights are refused, and so are constructor
+arguments that read files. The specification may come from an untrusted card.
 """
 
 import difflib
-import inspect
-from typing import cast
+import re
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimic_fast.config import EncoderSpec, JsonScalar
+from mimic_fast.config import EncoderSpec
+from mimic_fast.encoders.reasons import reason
 from mimic_fast.errors import UsageError
-
-Arguments = dict[str, JsonScalar | list[int]]
 
 # Set by this file, or able to read files and the network.
 _RESERVED = ("pretrained", "weights", "checkpoint", "cache", "num_classes", "in_chans", "hf_hub")
 _RESERVED_EXACT = ("features_only", "out_indices", "scriptable", "exportable", "no_jit", "progress")
+_PLAIN_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _LARGEST_ARGUMENT = 2**16
 _LARGEST_IMAGE = 4096
 
@@ -33,11 +33,13 @@ _REFUSALS = (
 class Encoder(nn.Module):
     """Images in [0, 1] to features; normalisation is part of it.
 
-    ``state_dict`` keys are exactly ``backbone.<library key>``: mean and deviation come from the specification.
+    ``state_dict`` keys are exactly ``backbone.<library key>``: mean and deviation come from the
+    specification.
 
     Args:
         spec: What was built.
-        backbone: Maps normalised images ``[batch, channel, height, width]`` to ``[batch, feature]``.
+        backbone: Maps normalised images ``[batch, channel, height, width]`` to ``[batch,
+            feature]``.
         feature_dim: Width of the features.
     """
 
@@ -73,11 +75,12 @@ def build_encoder(spec: EncoderSpec, *, seed: int | None = None) -> Encoder:
 
     Args:
         spec: Architecture, input and normalisation.
-        seed: Makes the weights depend on it alone and leaves the global random state untouched; None draws from
-            the global state.
+        seed: Makes the weights depend on it alone and leaves the global random state untouched;
+            None draws from the global state.
 
     Raises:
-        UsageError: If the architecture is unknown, or does not take these arguments or this image size.
+        UsageError: If the architecture is unknown, or does not take these arguments or this image
+            size.
     """
     if seed is None:
         return _build(spec)
@@ -119,11 +122,16 @@ def _timm_backbone(name: str, spec: EncoderSpec) -> nn.Module:
 
     # list_models knows no 'hf-hub:' or 'local-dir:' names, so nothing that downloads passes.
     base = name.partition(".")[0]
-    if not timm.is_model(base):
+    if not _PLAIN_NAME.fullmatch(name) or not timm.is_model(base):
         raise _unknown(spec.architecture, timm.list_models())
-    arguments: Arguments = dict(spec.arguments)
-    fixed = getattr(timm.get_pretrained_cfg(base), "fixed_input_size", False)
-    if fixed or "img_size" in arguments:
+    arguments: dict[str, Any] = dict(spec.arguments)
+    published = timm.get_pretrained_cfg(base)
+    resize = (
+        published is not None
+        and published.fixed_input_size
+        and published.input_size[-1] != spec.image_size
+    )
+    if resize or "img_size" in arguments:
         _agree_on_size(arguments, "img_size", spec)
     try:
         return timm.create_model(
@@ -144,10 +152,8 @@ def _torchvision_backbone(name: str, spec: EncoderSpec) -> nn.Module:
             f"torchvision models take 3 channels, got in_channels = {spec.in_channels}; "
             "use the timm architecture of the same name"
         )
-    arguments: Arguments = dict(spec.arguments)
-    if "image_size" in inspect.signature(models.get_model_builder(name)).parameters or (
-        name.startswith("vit_") or "image_size" in arguments
-    ):
+    arguments: dict[str, Any] = dict(spec.arguments)
+    if "image_size" in arguments or name.startswith("vit_"):
         _agree_on_size(arguments, "image_size", spec)
     try:
         backbone = cast(nn.Module, models.get_model(name, weights=None, **arguments))
@@ -157,16 +163,16 @@ def _torchvision_backbone(name: str, spec: EncoderSpec) -> nn.Module:
     return backbone
 
 
-def _agree_on_size(arguments: Arguments, key: str, spec: EncoderSpec) -> None:
+def _agree_on_size(arguments: dict[str, Any], key: str, spec: EncoderSpec) -> None:
     given = arguments.setdefault(key, spec.image_size)
     if given not in (spec.image_size, [spec.image_size, spec.image_size]):
         raise UsageError(
-            f"encoder.arguments.{key} = {given} contradicts image_size = {spec.image_size}; drop one"
+            f"encoder.arguments.{key} = {given} contradicts image_size {spec.image_size}; drop one"
         )
 
 
 def _remove_classifier(backbone: nn.Module, spec: EncoderSpec) -> None:
-    """Drops the last linear layer and the dropout before it; what precedes them shapes the features."""
+    """Drops the last linear layer and the dropout before it; the rest shapes the features."""
     for name in ("fc", "heads", "head", "classifier"):
         head = getattr(backbone, name, None)
         if isinstance(head, nn.Linear):
@@ -185,7 +191,7 @@ def _remove_classifier(backbone: nn.Module, spec: EncoderSpec) -> None:
 
 
 def _replace_stem(backbone: nn.Module, spec: EncoderSpec) -> None:
-    """One 3x3 convolution in place of the 7x7 one and the pooling, as encoders of small images have it."""
+    """One 3x3 convolution in place of the 7x7 one and the pooling, as for small images."""
     conv = getattr(backbone, "conv1", None)
     if not isinstance(conv, nn.Conv2d) or not hasattr(backbone, "maxpool"):
         raise UsageError(
@@ -193,9 +199,7 @@ def _replace_stem(backbone: nn.Module, spec: EncoderSpec) -> None:
             "has none, use stem 'native'"
         )
     stride = {"small_stride1": 1, "small_stride2": 2}[spec.stem]
-    small = nn.Conv2d(
-        conv.in_channels, conv.out_channels, 3, stride=stride, padding=1, bias=False
-    )
+    small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")  # as both libraries
     backbone.conv1 = small
     backbone.maxpool = nn.Identity()
@@ -223,8 +227,8 @@ def _probe_feature_dim(backbone: nn.Module, spec: EncoderSpec) -> int:
             features = backbone.eval()(torch.zeros(1, spec.in_channels, size, size, dtype=dtype))
     except _REFUSALS as error:
         raise UsageError(
-            f"{spec.architecture} cannot take images of {size}x{size} pixels "
-            f"({_first_line(error)}); set encoder.image_size"
+            f"{spec.architecture} with {spec.arguments} cannot take images of {size}x{size} "
+            f"pixels ({reason(error)}); check encoder.image_size and arguments"
         ) from None
     backbone.train(training)
     if not isinstance(features, Tensor) or features.ndim != 2:
@@ -250,10 +254,5 @@ def _unknown(architecture: str, names: list[str]) -> UsageError:
 def _refused(spec: EncoderSpec, error: BaseException) -> UsageError:
     return UsageError(
         f"{spec.architecture} cannot be built with {spec.arguments} and image_size "
-        f"{spec.image_size}: {_first_line(error)}"
+        f"{spec.image_size}: {reason(error)}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,5 +1,6 @@
-"""Writing an encoder: the teacher's key names in safetensors, and a card that says where it came from."""
+"""Writing an encoder: safetensors under the teacher's key names, and a card of its provenance."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.ingest import METADATA_KEY
 from mimic_fast.errors import UsageError
-from mimic_fast.files import sha256_file, write_atomic
+from mimic_fast.files import machine_errors, write_atomic
 from mimic_fast.version import VERSION
 
 
@@ -22,15 +23,15 @@ def export_encoder(
 ) -> Path:
     """Writes ``NAME.safetensors`` and ``NAME.json``; each is whole or absent.
 
-    Weights keep their number type, so ``load_encoder`` gives them back exactly. The specification also stands in the
-    safetensors metadata: the file alone is enough.
+    Weights keep their number type, so ``load_encoder`` gives them back exactly. The specification
+    also stands in the safetensors metadata: the file alone is enough.
 
     Args:
         encoder: What to write; its normalisation goes into the card.
         directory: Made if absent.
         name: File name without suffix.
-        key_map: Backbone key to the key to write, as in ``LoadedEncoder``; None keeps the library's keys. Counters
-            that the teacher's file lacked (``num_batches_tracked``) are left out.
+        key_map: Backbone key to the key to write, as in ``LoadedEncoder``; None keeps the library's
+            keys. Counters that the teacher's file lacked (``num_batches_tracked``) are left out.
         card: Provenance, JSON values only; ``spec``, ``sha256`` and ``version`` are added.
 
     Returns:
@@ -50,7 +51,7 @@ def export_encoder(
             f"key_map must name every weight of {encoder.spec.architecture} once; it does not fit "
             f"at {(missing or list(names))[0]!r}"
         )
-    # Cloned: safetensors refuses tensors that share memory, and the file wants plain row-major CPU ones.
+    # Cloned: safetensors takes row-major CPU tensors that share no memory.
     tensors = {
         names[key]: tensor.detach().cpu().contiguous().clone()
         for key, tensor in state.items()
@@ -59,12 +60,16 @@ def export_encoder(
     spec = encoder.spec.model_dump(mode="json")
     inside = _json({"spec": spec, "version": VERSION}, indent=None)
     path = directory / f"{name}.safetensors"
-    text = {**card, "spec": spec, "sha256": "", "version": VERSION}
-    _json(text, indent=2)  # a card that is not JSON must fail before anything is written
+    data = save(tensors, metadata={METADATA_KEY: inside})
+    text = _json(
+        {**card, "spec": spec, "sha256": hashlib.sha256(data).hexdigest(), "version": VERSION},
+        indent=2,
+    )
     card_path = path.with_suffix(".json")
-    card_path.unlink(missing_ok=True)  # an old card must never stand beside new weights
-    write_atomic(path, save(tensors, metadata={METADATA_KEY: inside}))
-    write_atomic(card_path, (_json({**text, "sha256": sha256_file(path)}, indent=2) + "\n").encode())
+    with machine_errors(card_path):
+        card_path.unlink(missing_ok=True)  # an old card must never stand beside new weights
+    write_atomic(path, data)
+    write_atomic(card_path, (text + "\n").encode())
     return path
 
 

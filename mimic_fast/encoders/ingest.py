@@ -1,7 +1,7 @@
-"""Reading an untrusted checkpoint: nothing in it runs, its numbers are checked, its claims are validated.
+"""Reading an untrusted checkpoint: nothing in it runs, its numbers and claims are checked.
 
-The file's first bytes decide its format, not its name. safetensors and ``torch.save`` files are read; the latter
-through ``weights_only=True`` alone.
+The file's first bytes decide its format, not its name. safetensors and ``torch.save`` files are
+read; the latter through ``weights_only=True`` alone.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch import Tensor
 from mimic_fast.config import EncoderSettings
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.names import match_keys
+from mimic_fast.encoders.reasons import reason
 from mimic_fast.encoders.recognise import recognise_spec
 from mimic_fast.encoders.torch_file import read_torch_tensors
 from mimic_fast.errors import UnsafeInputError, UsageError
@@ -27,6 +28,7 @@ METADATA_KEY = "mimic_fast"
 _RECOGNISE = EncoderSettings()
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _LARGEST_CARD = 1_000_000  # bytes
+_LONGEST_KEY = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +80,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         UsageError: If there is no such readable file.
-        UnsafeInputError: If it is damaged, pretends to another format, holds code, inflates, or has numbers that are
-            not finite.
+        UnsafeInputError: If it is damaged, pretends to another format, holds code, inflates, or has
+            numbers that are not finite.
     """
     kind = _format(path)
     digest = sha256_file(path)
@@ -88,7 +90,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors, metadata = _read_safetensors(path)
     else:
         tensors = read_torch_tensors(path, zipped=kind == "zip")
-    _check_finite(path, tensors)
+    _check_numbers(path, tensors)
     return Checkpoint(
         path=path,
         format="safetensors" if kind == "safetensors" else "torch",
@@ -106,25 +108,37 @@ def load_encoder(path: Path, settings: EncoderSettings = _RECOGNISE) -> LoadedEn
         settings: What is given wins over the card and over what the keys show.
 
     Raises:
-        UsageError: If the file is missing, the architecture cannot be told, or the weights do not fit it.
+        UsageError: If the file is missing, the architecture cannot be told, or the weights do not
+            fit it.
         UnsafeInputError: As in :func:`read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path)
+    return fill_encoder(read_checkpoint(path), settings)
+
+
+def fill_encoder(checkpoint: Checkpoint, settings: EncoderSettings = _RECOGNISE) -> LoadedEncoder:
+    """As :func:`load_encoder`, for a checkpoint that has been read.
+
+    Raises:
+        UsageError: If the architecture cannot be told, or the weights do not fit it.
+        UnsafeInputError: If the card is not valid.
+    """
     found = recognise_spec(checkpoint.tensors, settings, checkpoint.card)
-    # Seeded, so that loading draws nothing from the global random state; every weight is overwritten.
+    # Seeded, so that loading draws nothing from the global random state.
     encoder = build_encoder(found.spec, seed=0)
     own = encoder.backbone.state_dict()
     shapes = {key: tensor.shape for key, tensor in own.items()}
-    match = match_keys(shapes, checkpoint.tensors, architecture=found.spec.architecture)
+    match = match_keys(shapes, checkpoint.tensors, found.spec)
     with torch.no_grad():
         for key, name in match.keys.items():
             value = checkpoint.tensors[name]
             if value.is_floating_point() != own[key].is_floating_point():
-                raise UsageError(f"{path}: {name!r} has type {value.dtype}, needs {own[key].dtype}")
+                raise UsageError(
+                    f"{checkpoint.path}: {name!r} has type {value.dtype}, needs {own[key].dtype}"
+                )
             own[key].copy_(value)
     return LoadedEncoder(
         encoder=encoder.eval(),
-        path=path,
+        path=checkpoint.path,
         format=checkpoint.format,
         sha256=checkpoint.sha256,
         key_map=match.keys,
@@ -135,6 +149,8 @@ def load_encoder(path: Path, settings: EncoderSettings = _RECOGNISE) -> LoadedEn
 
 
 def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
+    if path.exists() and not path.is_file():
+        raise UsageError(f"checkpoint {path} is not a file; give the path of a checkpoint file")
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -157,7 +173,7 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     header = int.from_bytes(head[:8], "little")
     if header > _LARGEST_HEADER or 8 + header > size:
         raise UnsafeInputError(
-            f"{path} claims a header of {header} bytes in a file of {size}; truncated or tampered with"
+            f"{path} claims a header of {header} bytes, has {size}; truncated or tampered with"
         )
     return "safetensors"
 
@@ -176,28 +192,30 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnsafeInputError(f"{path} is a damaged safetensors file: {reason}") from None
+        raise UnsafeInputError(f"{path} is a damaged safetensors file: {reason(error)}") from None
     if not tensors:
         raise UnsafeInputError(f"{path} holds no tensors; give an encoder's weights")
     return tensors, metadata
 
 
-def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
+        if not name.isprintable() or len(name) > _LONGEST_KEY:
+            raise UnsafeInputError(f"{path} has a key that is no module path: {name[:40]!r}")
         if tensor.is_complex():
-            raise UnsafeInputError(f"{path}: {name!r} holds complex numbers; not an encoder's weights")
+            raise UnsafeInputError(f"{path}: {name!r} holds complex numbers; no encoder has them")
         if not tensor.is_floating_point():
             continue
-        wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
-        if not bool(torch.isfinite(wide).all()):
+        # float8 has no isfinite; float64 must still be finite in the encoder's float32.
+        narrow = tensor if tensor.element_size() in (2, 4) else tensor.float()
+        if not bool(torch.isfinite(narrow).all()):
             raise UnsafeInputError(
                 f"{path}: {name!r} holds values that are not finite; the checkpoint is damaged"
             )
 
 
 def _read_card(path: Path, digest: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The card beside the file, else the one inside it; JSON without a ``spec`` is somebody else's."""
+    """The card beside the file, else the one inside it; JSON without a ``spec`` is not ours."""
     beside = path.with_suffix(".json")
     card = None
     if beside.is_file() and beside.stat().st_size <= _LARGEST_CARD:

@@ -1,7 +1,9 @@
 """How the keys of a checkpoint in the wild relate to the keys of a backbone.
 
-Two things differ: prefixes that wrappers add (``module.``, ``encoder.``), and layouts, other names for the same
-weights: a ResNet inside ``nn.Sequential`` (as BadEncoder and many SimCLR programs save it) and EfficientNet-PyTorch.
+Two things differ: prefixes that wrappers add (``module.``, ``encoder.``), and layouts, other names
+for the same
+weights: a ResNet inside ``nn.Sequential`` (as BadEncoder and many SimCLR programs save it) and
+EfficientNet-PyTorch.
 """
 
 import re
@@ -12,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mimic_fast.config import EncoderSpec
 from mimic_fast.errors import UsageError
 
 # Attribute names under which wrappers keep an encoder; where several fit, the earlier is taken.
@@ -20,7 +23,7 @@ _WRAPPERS = (
     "online_network", "teacher", "student", "f", "model", "visual", "net", "network", "trunk",
     "feature_extractor", "momentum_encoder", "encoder_k", "target_encoder", "target_network",
 )  # fmt: skip
-_WRAPPER_CHAIN = re.compile(r"(?:(?:" + "|".join(_WRAPPERS) + r")\.)*")
+_WRAPPER_CHAIN = re.compile(r"(?:(?:" + "|".join(_WRAPPERS) + r")\.){0,4}")
 
 # Heads and training state beside an encoder; anything else left over means another architecture.
 _BESIDE = re.compile(
@@ -45,16 +48,24 @@ class KeyMatch:
 
 
 def match_keys(
-    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], *, architecture: str
+    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], spec: EncoderSpec
 ) -> KeyMatch:
     """Finds every weight of a backbone in a checkpoint.
 
     ``num_batches_tracked`` counters may be absent (torch before 0.4.1); nothing else may.
 
+    Args:
+        expected: Shape of every backbone key.
+        tensors: The checkpoint.
+        spec: What the backbone was built from.
+
     Raises:
         UsageError: If weights are missing, differ in shape, or are left over inside the encoder.
     """
-    prefix, names = _best(expected, tensors)
+    architecture = spec.architecture
+    # Without its pooling, a sequence is a ResNet whose stem was made small.
+    layouts = [layout for layout in _LAYOUTS if layout is not _UNPOOLED or spec.stem != "native"]
+    prefix, names = _best(expected, tensors, layouts)
     keys = {key: prefix + name for key, name in names.items() if prefix + name in tensors}
     missing = [k for k in expected if k not in keys and not k.endswith("num_batches_tracked")]
     if missing:
@@ -66,14 +77,14 @@ def match_keys(
         if tensors[name].shape != expected[key]:
             raise UsageError(
                 f"{name!r} has shape {list(tensors[name].shape)}, {architecture} needs "
-                f"{list(expected[key])}; give the right encoder.architecture, arguments, stem and size"
+                f"{list(expected[key])}; give the right architecture, arguments, stem and size"
             )
     used = set(keys.values())
     unused = tuple(name for name in tensors if name not in used)
     inside = [n for n in unused if n.startswith(prefix) and not _is_beside(n.removeprefix(prefix))]
     if inside:
         raise UsageError(
-            f"the checkpoint has {len(inside)} weights that {architecture} does not: {_few(inside)}; "
+            f"the checkpoint has {len(inside)} weights that {architecture} lacks: {_few(inside)}; "
             "give the right encoder.architecture and arguments"
         )
     return KeyMatch(keys=keys, unused=unused)
@@ -127,7 +138,8 @@ def efficientnet_pytorch(keys: Iterable[str]) -> dict[str, str]:
 
 _SQUEEZE = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
 _SEPARABLE = {
-    "conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2", **_SQUEEZE,
+    "conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2",
+    **_SQUEEZE,
 }  # fmt: skip
 _INVERTED = {
     "conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
@@ -135,21 +147,20 @@ _INVERTED = {
 }  # fmt: skip
 
 
+_POOLED = partial(replace_heads, places=resnet_places(pooled=True))
+_UNPOOLED = partial(replace_heads, places=resnet_places(pooled=False))
 _LAYOUTS: tuple[Layout, ...] = (
-    partial(replace_heads, places={}),
-    partial(replace_heads, places=resnet_places(pooled=True)),
-    partial(replace_heads, places=resnet_places(pooled=False)),
-    efficientnet_pytorch,
-)
+    partial(replace_heads, places={}), _POOLED, _UNPOOLED, efficientnet_pytorch,
+)  # fmt: skip
 
 
 def _best(
-    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
+    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], layouts: Iterable[Layout]
 ) -> tuple[str, dict[str, str]]:
-    """The prefix and layout under which most weights are found with their shape; the first of equals."""
+    """The prefix and layout under which most weights are found, in shape too; first of equals."""
     found = prefixes(tensors)
     best, most = ("", {key: key for key in expected}), -1
-    for layout in _LAYOUTS:
+    for layout in layouts:
         names = layout(expected)
         for prefix in found:
             fits = sum(

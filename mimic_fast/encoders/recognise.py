@@ -1,7 +1,7 @@
-"""What a checkpoint is: from the user's settings, else its card, else the names and shapes of its weights.
+"""What a checkpoint is: from the settings, else its card, else the names and shapes of its weights.
 
-Recognised from weights: ResNets of timm and torchvision (same names, same function), plain or inside
-``nn.Sequential``; timm ViTs; EfficientNet-Lite0 as published for EfficientNet-PyTorch.
+Recognised from weights: ResNets of timm and torchvision (same names, same function), plain or
+inside ``nn.Sequential``; timm ViTs; EfficientNet-Lite0 as published for EfficientNet-PyTorch.
 """
 
 import math
@@ -23,7 +23,7 @@ Fields = dict[str, Any]
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # timm's named ResNets: (bottleneck, blocks per stage).
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (3, 4, 6, 3)): "resnet50",
@@ -40,7 +40,8 @@ class Recognised:
 
     Args:
         spec: Enough to build the encoder.
-        assumed: Fields that nobody gave and no weight shows; a wrong one changes the features silently.
+        assumed: Fields that nobody gave and no weight shows; a wrong one changes the features
+            silently.
     """
 
     spec: EncoderSpec
@@ -52,7 +53,8 @@ def recognise_spec(
 ) -> Recognised:
     """The specification of a checkpoint: settings win, then the card, then the weights.
 
-    Given arguments are laid over the recognised ones, so ``encoder.arguments.num_heads`` alone is enough.
+    Given arguments are laid over the recognised ones, so ``encoder.arguments.num_heads`` alone is
+    enough.
 
     Raises:
         UsageError: If something needed cannot be told; the message says which setting to give.
@@ -63,7 +65,7 @@ def recognise_spec(
         fields = _weight_fields({name: tensor.shape for name, tensor in tensors.items()})
     given = settings.model_dump(exclude={"teacher", "taps"}, exclude_none=True)
     if given.get("architecture", fields.get("architecture")) != fields.get("architecture"):
-        for key in ("arguments", "undecided"):  # those of another architecture
+        for key in ("arguments", "undecided", "conventions"):  # those of another architecture
             fields.pop(key, None)
     arguments = {**fields.get("arguments", {}), **given.get("arguments", {})}
     fields = {**fields, **given, "arguments": arguments}
@@ -106,9 +108,14 @@ def _card_fields(card: Mapping[str, Any]) -> Fields:
 
 def _weight_fields(shapes: Shapes) -> Fields:
     for prefix in prefixes(shapes):
-        view = {k.removeprefix(prefix): shape for k, shape in shapes.items() if k.startswith(prefix)}
+        view = {
+            k.removeprefix(prefix): shape for k, shape in shapes.items() if k.startswith(prefix)
+        }
         for recognise in (_resnet, _sequential_resnet, _vit, _efficientnet_lite0):
-            fields = recognise(view)
+            try:
+                fields = recognise(view)
+            except (LookupError, ValueError, ArithmeticError):
+                continue  # the names fit, the shapes belong to no network
             if fields:
                 return fields
     return {}
@@ -117,7 +124,7 @@ def _weight_fields(shapes: Shapes) -> Fields:
 def _resnet(view: Shapes) -> Fields:
     if not {"conv1.weight", "bn1.weight", "layer4.0.conv2.weight"} <= view.keys():
         return {}
-    stages = [f"layer{n}" for n in range(1, 5)]
+    stages = ("layer1", "layer2", "layer3", "layer4")
     counts = tuple(sum(f"{s}.{b}.conv1.weight" in view for b in range(256)) for s in stages)
     bottleneck = "layer1.0.conv3.weight" in view
     last, expansion = ("conv3", 4) if bottleneck else ("conv2", 1)
@@ -148,12 +155,17 @@ def _sequential_resnet(view: Shapes) -> Fields:
     names = {index: part for part, index in resnet_places(pooled=pooled).items()}
     renamed = replace_heads(view, places=names)
     fields = _resnet({renamed[key]: shape for key, shape in view.items()})
-    # A large stem without its pooling, or a small one with it, is no stem that build_encoder makes.
-    return fields if fields and pooled == (fields.get("stem") == "native") else {}
+    # A large stem without its pooling is no stem that build_encoder makes.
+    return fields if pooled or fields.get("stem") != "native" else {}
 
 
 def _vit(view: Shapes) -> Fields:
-    needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
+    needed = {
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+    }
     if not needed <= view.keys():
         return {}
     dim, in_channels, patch, _ = view["patch_embed.proj.weight"]
@@ -190,7 +202,9 @@ def _vit(view: Shapes) -> Fields:
         "in_channels": in_channels,
         "image_size": grid * patch,
         "conventions": heads if whole else {},
-        "undecided": {} if whole else {"arguments.num_heads": "--set encoder.arguments.num_heads=N"},
+        "undecided": {}
+        if whole
+        else {"arguments.num_heads": "--set encoder.arguments.num_heads=N"},
     }
 
 

@@ -1,14 +1,13 @@
 """Taps: the feature maps of chosen layers, read by forward hooks while the encoder runs.
 
-Hooks live only during a forward pass, so copying, wrapping and saving a tapped encoder need no care. ViT tokens
-become maps by dropping class and register tokens and restoring the grid. ``method.md`` sections 2 and 3.
+Hooks live only during a forward pass, so copying, wrapping and saving a tapped encoder need no
+care. ViT tokens become maps by dropping class and register tokens and restoring the grid.
+``method.md`` sections 2 and 3.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimic_fast.encoders.build import Encoder
-from mimic_fast.errors import SelfTestError, UsageError
+from mimic_fast.errors import UsageError
 
-FeatureMap = Float[Tensor, "batch map_channel map_height map_width"]
+FeatureMap = Float[Tensor, "batch _ _ _"]
 
 # Module lists that hold a network's stages or blocks, by library.
 _CONTAINERS = ("blocks", "stages", "layers", "encoder.layers", "features", "trunk_output")
@@ -48,6 +47,7 @@ class TappedEncoder(nn.Module):
             raise UsageError(f"encoder.taps must name different layers, at least one; got {taps}")
         self.encoder = encoder
         self.taps = tuple(taps)
+        self.training = encoder.training
 
     def forward(
         self, images: Float[Tensor, "batch channel height width"]
@@ -70,8 +70,8 @@ class TappedEncoder(nn.Module):
 
         Args:
             images: Un-normalised, in [0, 1].
-            pool: ``mean`` over the positions of the map; ``class_token`` takes that token where the tap returns
-                tokens. Taps of CNNs are always averaged.
+            pool: ``mean`` over the positions of the map; ``class_token`` takes that token where the
+                tap returns tokens. Taps of CNNs are always averaged.
 
         Raises:
             UsageError: As in ``forward``, or if there is no class token.
@@ -100,7 +100,7 @@ class TappedEncoder(nn.Module):
             if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
                 what = f"ran {len(outputs)} times" if len(outputs) != 1 else "returns no tensor"
                 raise UsageError(
-                    f"tap layer {tap!r} {what} in one forward; a tap must run once and return a tensor"
+                    f"tap layer {tap!r} {what} in a forward; it must run once and return a tensor"
                 )
         return features, [outputs[0] for outputs in caught.values()]
 
@@ -123,7 +123,7 @@ class TappedEncoder(nn.Module):
             if output.shape[2] == output.shape[3]:
                 return output
         raise UsageError(
-            f"tap layer {tap!r} returns {list(output.shape)}, which is neither a square feature map "
+            f"tap layer {tap!r} returns {list(output.shape)}, neither a square feature map "
             "nor a square grid of tokens; choose another layer"
         )
 
@@ -165,13 +165,13 @@ def tap_shapes(tapped: TappedEncoder) -> dict[str, tuple[int, int, int]]:
 
 
 def attention_free_taps(tapped: TappedEncoder) -> tuple[str, ...]:
-    """Taps whose map has one position: its normalised attention map is always 1 and says nothing."""
+    """Taps whose map has one position: normalised, its attention map is always 1."""
     return tuple(tap for tap, (_, h, w) in tap_shapes(tapped).items() if h * w == 1)
 
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Runs ``module`` in evaluation mode and puts modes, buffers and random states back afterwards."""
+    """Runs ``module`` in evaluation mode; puts modes, buffers and random states back afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     devices = {b.device.index for b in (*module.parameters(), *module.buffers()) if b.is_cuda}
@@ -208,7 +208,7 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _prefix_tokens(backbone: nn.Module) -> int:
-    """Class and register tokens in front of the patch tokens: timm counts them, torchvision has one."""
+    """Class and register tokens before the patch tokens: timm counts them, torchvision has one."""
     count = getattr(backbone, "num_prefix_tokens", None)
     return count if isinstance(count, int) else int(_has_class_token(backbone))
 

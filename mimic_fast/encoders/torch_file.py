@@ -1,31 +1,44 @@
 """Tensors of an untrusted ``torch.save`` file, without running anything in it.
 
-``torch.load(weights_only=True)`` refuses code; what it does not refuse is checked here: compressed archives that
-unpack to more than the file, tensors larger than their storage, and tensors that are not plain numbers.
+``torch.load(weights_only=True)`` refuses code; what it does not refuse is checked here: compressed
+archives that unpack to more than the file, tensors larger than their storage, and tensors that are
+not plain numbers.
 """
 
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mimic_fast.encoders.reasons import reason
 from mimic_fast.errors import UnsafeInputError
 
 # What torch.load raises on damaged or hostile bytes.
 DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OSError,
-    ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, MemoryError,
-    NotImplementedError,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
+    MemoryError,
 )  # fmt: skip
 
 # Where training programs keep the weights inside their checkpoint, in order of preference.
-_NESTED = ("state_dict", "model_state_dict", "model", "teacher", "encoder", "backbone", "network", "net", "student")
+_NESTED = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "teacher",
+    "encoder",
+    "backbone",
+    "network",
+    "net",
+    "student",
+)
+_DEEPEST = 3
 
 
 def read_torch_tensors(path: Path, *, zipped: bool) -> dict[str, Tensor]:
@@ -36,13 +49,16 @@ def read_torch_tensors(path: Path, *, zipped: bool) -> dict[str, Tensor]:
         zipped: Whether it is a zip archive (torch 1.6 and later), which is mapped rather than read.
 
     Raises:
-        UnsafeInputError: If the file is damaged, is an archive that inflates, or holds anything that would have to be
-            executed.
+        UnsafeInputError: If the file is damaged, is an archive that inflates, or holds anything
+            that would have to be executed.
     """
     if zipped:
         _check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            # torch remarks on unusual files in many lines; what matters is checked below.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except DAMAGE as error:
         raise _refusal(path, error) from None
     tensors = _unwrap(content)
@@ -58,7 +74,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except DAMAGE as error:
-        raise UnsafeInputError(f"{path} is a damaged torch archive: {error}") from None
+        raise UnsafeInputError(f"{path} is a damaged torch archive: {reason(error)}") from None
     size = path.stat().st_size
     total = sum(entry.file_size for entry in entries)
     # torch.save stores without compression, so an honest archive is never smaller than its content.
@@ -71,15 +87,14 @@ def _check_archive(path: Path) -> None:
         raise UnsafeInputError(f"{path} is a TorchScript program, not weights; save the state dict")
 
 
-def _unwrap(content: object) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping):
+def _unwrap(content: object, *, depth: int = 0) -> dict[str, Tensor]:
+    # A pickle may hold a dict that contains itself.
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
         return {}
     for key in _NESTED:
-        nested = content.get(key)
-        if isinstance(nested, Mapping):
-            tensors = _unwrap(nested)
-            if tensors:
-                return tensors
+        tensors = _unwrap(content.get(key), depth=depth + 1)
+        if tensors:
+            return tensors
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
@@ -94,12 +109,12 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
 
 def _refusal(path: Path, error: BaseException) -> UnsafeInputError:
     text = str(error)
-    culprit: Any = re.search(r"GLOBAL (\S+)", text) or re.search(r"module (\S+) is blocked", text)
+    culprit = re.search(r"GLOBAL (\S+)", text) or re.search(r"module (\S+) is blocked", text)
     if culprit:
         return UnsafeInputError(
-            f"{path} holds more than tensors (it asks to run {culprit.group(1)}); nothing was "
-            "executed; ask for the state dict as safetensors"
+            f"{path} holds more than tensors (it asks to run {ascii(culprit.group(1))[1:-1]}); "
+            "nothing was executed; ask for the state dict as safetensors"
         )
-    lines = text.strip().splitlines()
-    reason = lines[-1] if "WeightsUnpickler" in text else (lines or [type(error).__name__])[0]
-    return UnsafeInputError(f"{path} is not a readable torch checkpoint: {reason[:200]}")
+    # torch puts the unpickler's own words last, behind advice to load the file unsafely.
+    own_words = reason(error, line=-1 if "WeightsUnpickler" in text else 0)
+    return UnsafeInputError(f"{path} is not a readable torch checkpoint: {own_words}")

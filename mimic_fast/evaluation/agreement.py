@@ -57,7 +57,7 @@ def agreement(
 
 
 def knn_overlap(
-    teacher: Float[Tensor, "image feature"], student: Float[Tensor, "image feature"]
+    teacher: Float[Tensor, "image feature"], student: Float[Tensor, "image other_feature"]
 ) -> Measure:
     """Mean share of common members among the 10 nearest neighbors; at least 12 images."""
     tables = [_cosines(teacher), _cosines(student)]
@@ -70,7 +70,7 @@ def knn_overlap(
 
 
 def linear_cka(
-    teacher: Float[Tensor, "image feature"], student: Float[Tensor, "image feature"]
+    teacher: Float[Tensor, "image feature"], student: Float[Tensor, "image other_feature"]
 ) -> Measure:
     """Debiased linear centered kernel alignment; at least 8 images. 0 where a side is constant."""
     tables = [_centered(x) @ _centered(x).T for x in (teacher, student)]

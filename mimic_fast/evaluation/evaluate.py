@@ -58,7 +58,7 @@ def evaluate_encoders(
 
     Returns:
         ``encoders``, ``comparisons`` (paired differences, purified minus each of the others),
-        ``datasets`` and ``examples`` (a few test images and what each encoder's probe says) of
+        ``attack``, ``datasets`` and ``examples`` (a few test images and what each encoder's probe says) of
         report.json. What was not measured is absent.
 
     Raises:
@@ -73,6 +73,8 @@ def evaluate_encoders(
     result: dict[str, Any] = {
         "encoders": {role: {"sha256": loaded.sha256} for role, loaded in encoders.items()}
     }
+    if attack is not None:
+        result["attack"] = {"kind": attack.kind, "trigger": attack.trigger.name}
     targets: dict[str, int] = {}
     for downstream in settings.downstream:
         data = open_downstream(downstream, settings, seed=seed)

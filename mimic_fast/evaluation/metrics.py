@@ -57,7 +57,7 @@ def share_of(flags: Bool[Tensor, "image"]) -> Measure:
     return wilson(int(flags.sum()), len(flags))
 
 
-def paired_difference(a: Bool[Tensor, "image"], b: Bool[Tensor, "image"]) -> Measure:
+def paired_difference(a: Bool[Tensor, "image"], b: Bool[Tensor, "_image"]) -> Measure:
     """Share of ``a`` minus share of ``b`` on the same images, with Newcombe's interval.
 
     Method 10 of Newcombe, "Improved confidence intervals for the difference between binomial

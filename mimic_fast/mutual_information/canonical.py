@@ -1,9 +1,9 @@
 """Canonical pairs: the directions along which a layer and the features depend on each other.
 
-Both are whitened and rotated so that, for jointly Gaussian data, the information of the whole is the sum over
-pairs of directions (method: Hotelling's canonical correlations). Rotations are fitted on one half of the
-images and measured on the other, both ways: a rotation measured where it was fitted would find dependence in
-pure noise.
+Both are whitened and rotated so that, for jointly Gaussian data, the information of the whole is
+the sum over pairs of directions (method: Hotelling's canonical correlations). Rotations are fitted
+on one half of the images and measured on the other, both ways: a rotation measured where it was
+fitted would find dependence in pure noise.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ from torch import Tensor
 
 _FLAT = 1e-10  # eigenvalues below this share of the largest are rounding of float32 activations
 _STILL = 1e-12  # the same, as a share of the mean square: a constant map has no directions at all
-_IMAGES_PER_DIRECTION = 4  # with fewer, the whitened halves are fitted perfectly and measure nothing
+_IMAGES_PER_DIRECTION = (
+    4  # with fewer, the whitened halves are fitted perfectly and measure nothing
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +29,7 @@ class Fold:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:
-    """An affine map to uncorrelated directions of unit variance (on the images it was fitted on)."""
+    """An affine map to uncorrelated directions of unit variance, on the images it was fitted on."""
 
     mean: Float64[Tensor, " dim"]
     directions: Float64[Tensor, "dim direction"]
@@ -40,8 +42,8 @@ class Projection:
 def cross_fit_folds(num_images: int, *, seed: int) -> tuple[Fold, Fold]:
     """Splits the images at random into two halves that take turns in fitting and being measured.
 
-    Both measured halves hold ``num_images // 2`` images, in random order; of an odd number, one image is only
-    ever fitted on.
+    Both measured halves hold ``num_images // 2`` images, in random order; of an odd number, one
+    image is only ever fitted on.
     """
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
     half = num_images // 2
@@ -55,8 +57,8 @@ def cross_fit_folds(num_images: int, *, seed: int) -> tuple[Fold, Fold]:
 def whiten(rows: Float[Tensor, "image dim"], *, components: int) -> Projection:
     """The leading principal directions, scaled to unit variance, in float64.
 
-    Directions without variance (dead or constant units, exact linear dependence) are dropped, and at most one
-    direction per four images is kept.
+    Directions without variance (dead or constant units, exact linear dependence) are dropped, and
+    at most one direction per four images is kept.
 
     Args:
         rows: Pooled activations or features.
@@ -81,7 +83,7 @@ def canonical_pairs(
     layer_whitening: Projection,
     features_whitening: Projection,
 ) -> tuple[Projection, Projection]:
-    """Rotates two whitenings to canonical pairs: direction ``i`` of one belongs to direction ``i`` of the other.
+    """Rotates two whitenings to canonical pairs: the directions ``i`` of both belong together.
 
     Args:
         layer: Pooled activations of the fitted half.
@@ -95,9 +97,7 @@ def canonical_pairs(
     cross = layer_whitening(layer).T @ features_whitening(features) / max(1, len(layer) - 1)
     left, _, right = torch.linalg.svd(cross, full_matrices=False)
     return (
-        Projection(
-            mean=layer_whitening.mean, directions=layer_whitening.directions @ left
-        ),
+        Projection(mean=layer_whitening.mean, directions=layer_whitening.directions @ left),
         Projection(
             mean=features_whitening.mean, directions=features_whitening.directions @ right.T
         ),
@@ -109,7 +109,8 @@ def coordinates(
 ) -> Float32[Tensor, "direction image"]:
     """Coordinates to be ranked, one row per direction.
 
-    They are computed in float64 and rounded to float32, the precision the activations came in: images whose
-    activations agree get equal coordinates instead of ones that rounding orders at will.
+    They are computed in float64 and rounded to float32, the precision the activations came in:
+    images whose activations agree get equal coordinates instead of ones that rounding orders at
+    will.
     """
     return projection(rows).float().T.contiguous()

@@ -1,7 +1,7 @@
 """Equal-mass bins, their joint counts, and the nats in them.
 
-Counts are integers and the exact chance level is known for any margins, so nothing here is averaged over
-batches: the plug-in estimate of one table from all images is what carries the information.
+Counts are integers and the exact chance level is known for any margins, so nothing here is averaged
+over batches: the plug-in estimate of one table from all images is what carries the information.
 """
 
 import torch
@@ -18,7 +18,7 @@ def choose_bins(requested: int | str, images: int, *, force: bool) -> int:
     """Bins per axis, K.
 
     Args:
-        requested: 'auto' for the largest K of ``AUTO_BINS`` whose bias is at most ``LARGEST_BIAS``, or a K.
+        requested: A K, or 'auto' for the largest of ``AUTO_BINS`` within ``LARGEST_BIAS``.
         images: Images in one histogram (half the clean set under cross-fitting).
         force: Permit tables that are too sparse.
 
@@ -29,15 +29,15 @@ def choose_bins(requested: int | str, images: int, *, force: bool) -> int:
     if requested == "auto":
         if not fitting and not force:
             raise SelfTestError(
-                f"mutual information needs at least {2 * _images_needed(AUTO_BINS[0])} clean images, "
-                f"got about {2 * images}; draw more, or set mi.force"
+                f"mutual information needs {2 * _images_needed(AUTO_BINS[0])} clean images, got "
+                f"about {2 * images}; draw more, or set mi.force"
             )
         return max(fitting, default=AUTO_BINS[0])
     bins = int(requested)
     if plug_in_bias(bins, images) > LARGEST_BIAS and not force:
         raise SelfTestError(
-            f"mi.bins = {bins} needs {_images_needed(bins)} images per histogram, got {images}; "
-            f"use mi.bins = 'auto' or more images, or set mi.force"
+            f"mi.bins = {bins} needs {2 * _images_needed(bins)} clean images, got about "
+            f"{2 * images}; use mi.bins = 'auto' or more images, or set mi.force"
         )
     return bins
 
@@ -52,8 +52,9 @@ def equal_mass_codes(
 ) -> UInt8[Tensor, "pair image"]:
     """Bin of every image by its rank: K bins of equal mass, edges from all images given.
 
-    Equal values always share a bin: an edge that would fall inside a run of ties moves to the nearer end of
-    the run (bins may then be empty). Breaking ties by position would invent independence.
+    Equal values always share a bin: an edge that would fall inside a run of ties moves to the
+    nearer end of the run (bins may then be empty). Breaking ties by position would invent
+    independence.
     """
     pairs, images = values.shape
     ordered = values.sort(dim=1).values
@@ -69,9 +70,9 @@ def equal_mass_codes(
 def plug_in_information(
     counts: Int[Tensor, "*table bins bins"],
 ) -> Float64[Tensor, "*table"]:
-    """Mutual information of a table of counts as it stands, nats: log n + sum of f over cells and margins.
+    """Mutual information of a table of counts as it stands, nats.
 
-    With f(c) = c log c: I = log n + (sum f(n_xy) - sum f(n_x) - sum f(n_y)) / n. Biased upward.
+    With f(c) = c log c, I = log n + (sum f(n_xy) - sum f(n_x) - sum f(n_y)) / n. Biased upward.
     """
     cells = _c_log_c(counts).sum(dim=(-2, -1))
     rows = _c_log_c(counts.sum(dim=-1)).sum(dim=-1)
@@ -81,7 +82,7 @@ def plug_in_information(
 
 
 def margin_entropy(margin: Int[Tensor, "*table bins"]) -> Float64[Tensor, "*table"]:
-    """Entropy of one axis, nats: log K for untied equal-mass bins, the most that any pair can show."""
+    """Entropy of one axis, nats: the most a pair can show; log K for equal-mass bins."""
     images = margin.sum(dim=-1).clamp(min=1).double()
     return images.log() - _c_log_c(margin).sum(dim=-1) / images
 
@@ -91,9 +92,10 @@ def chance_information(
 ) -> Float64[Tensor, " pair"]:
     """Mean plug-in information over all shuffled pairings with these margins, exact, nats.
 
-    Under a random pairing a cell with margins a and b holds a hypergeometric number of images, so the mean of
-    f(n_xy) is a short sum (Vinh, Epps and Bailey, JMLR 11, 2010, "expected mutual information"). It is the
-    limit of infinitely many shuffles, without their noise, and right for ties too.
+    Under a random pairing a cell with margins a and b holds a hypergeometric number of images, so
+    the mean of f(n_xy) is a short sum (Vinh, Epps and Bailey, JMLR 11, 2010, "expected mutual
+    information"). It is the limit of infinitely many shuffles, without their noise, and right for
+    ties too.
     """
     pairs, bins = x_margin.shape
     images = x_margin.sum(dim=1)
@@ -120,9 +122,7 @@ def chance_information(
 def _mean_cell(images: int, a: int, b: int) -> float:
     low, high = max(0, a + b - images), min(a, b)
     held = torch.arange(low, high + 1, dtype=torch.float64)
-    log_chance = (
-        _log_choose(a, held) + _log_choose(images - a, b - held) - _log_choose(images, b)
-    )
+    log_chance = _log_choose(a, held) + _log_choose(images - a, b - held) - _log_choose(images, b)
     return float((log_chance.exp() * torch.special.xlogy(held, held)).sum())
 
 

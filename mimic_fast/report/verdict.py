@@ -1,16 +1,15 @@
 """What the figures of a report allow to be said, in one line, and what they do not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Level = Literal["purified", "reduced", "not_purified", "not_shown", "not_measured"]
 
-# The bar a purified encoder must clear; that of the demo's acceptance.
+# The bar a purified encoder must clear: that of the demo's acceptance.
 _RATE_LIMIT = 0.10
 _ABOVE_CLEAN = 0.05
 _ACCURACY_COST = 0.04
-_SHOWN_WITHOUT_CLEAN = 0.5  # without a clean encoder only a blatant ASR counts as a backdoor shown
 
 _HEADLINE: dict[Level, str] = {
     "purified": "Purified",
@@ -36,150 +35,130 @@ class _Case:
 def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     """The headline of a report.
 
-    A teacher's backdoor is *shown* where its ASR interval lies above the clean encoder's and the ASR
-    more than 5 points above (without a clean encoder: ASR >= 50 %). It is *purified* where the purified
-    ASR is at most 10 % and at most 5 points above the clean encoder's, *reduced* where the paired
-    difference to the teacher lies below 0, else *not purified*. Of several attacks, sets and probes
-    the worst decides.
+    A teacher's backdoor is *shown* where its ASR interval lies above the clean encoder's and the
+    ASR more than 5 points above (without a clean encoder: where the interval lies above 10 %). It
+    is *purified* where the purified ASR is at most 10 % and at most 5 points above the clean
+    encoder's, *reduced* where the paired difference to the teacher lies below 0, else *not
+    purified*. Of several attacks, sets and probes the worst decides.
 
     Returns:
-        ``level``, ``text`` (one line, ASCII, for terminals too), ``details`` (sentences) and ``rule``.
+        ``level``, ``text`` (one ASCII line, for terminals too), ``details`` (sentences), ``rule``.
     """
     cases = [case for case in _cases(report) if {"teacher", "purified"} <= set(case.rates)]
     if not cases:
         return _without_rates(report)
-    level, case = min(
-        ((_level(case), case) for case in cases),
-        key=lambda pair: (_WORST_FIRST.index(pair[0]), -pair[1].rates["purified"]["value"]),
-    )
-    details = _details(case)
+    worst = min(cases, key=_severity)
+    details = _details(worst)
     if len(cases) > 1:
-        details.insert(0, f"The worst of {len(cases)} measurements: {case.dataset}, {case.probe}.")
+        details.insert(
+            0, f"The worst of {len(cases)} measurements: {worst.dataset}, {worst.probe}."
+        )
     return {
-        "level": level,
-        "text": f"{_headline(level, case)}: {_figures(case)}",
+        "level": _level(worst),
+        "text": f"{_headline(worst, cases)}: {_figures(worst)}",
         "details": details,
-        "rule": f"purified: ASR at most {percent(_RATE_LIMIT)} and at most "
-        f"{100 * _ABOVE_CLEAN:.0f} points above the clean encoder's",
+        "rule": f"Purified means: ASR at most {percent(_RATE_LIMIT)} and at most "
+        f"{100 * _ABOVE_CLEAN:.0f} points above the clean encoder's.",
     }
 
 
 def limits(report: Mapping[str, Any]) -> list[str]:
     """What the report does not show, sentence by sentence."""
-    encoders = report.get("encoders", {})
     cases = list(_cases(report))
-    found: list[str] = []
-    if any(case.rates for case in cases):
-        found.append(
-            "No proof of absence: the figures hold for the trigger and the downstream sets measured; "
-            "another trigger may still work."
-        )
-    else:
-        found.append(
-            "ASR not measured: no trigger was given. Agreement and accuracy on clean images say nothing "
-            "about a backdoor; a backdoored encoder scores well on both."
-        )
-    if not cases:
-        found.append("Accuracy not measured: no labeled downstream set was given.")
-    if cases and "clean" not in encoders:
-        found.append(
-            "No clean encoder was measured: how often it is 'fooled' by chance is not known."
-        )
-    if cases and "purified" in encoders and "student_only" not in encoders:
-        found.append(
-            "No student-only floor was measured: how much of the accuracy comes from the clean images "
-            "alone is not known."
-        )
-    if cases:
-        found.append(
-            "Intervals cover the choice of test images, not the randomness of training: one seed."
-        )
+    found = _limits_of_measurement(report, cases)
     if "mutual_information" in report:
         estimator = report["mutual_information"].get("estimator", "unknown")
         found.append(
-            f"Mutual information is the reading of the '{estimator}' estimator. For a deterministic "
-            "network the true value has no upper bound: compare layers, not absolute numbers."
+            f"Mutual information is the reading of the '{estimator}' estimator. For a network "
+            "without noise the true value has no upper bound: compare layers, not numbers."
         )
     lost = sum(len(dataset.get("unreadable", ())) for dataset in report.get("datasets", ()))
     if lost:
-        found.append(f"{lost} downstream images could not be decoded and were left out.")
+        found.append(f"Left out, because they could not be decoded: {lost} downstream images.")
     return found
 
 
-def percent(value: float) -> str:
+def percent(value: float | int) -> str:
     """A share as per cent with one decimal, e.g. ``3.1 %``."""
     return f"{100 * value:.1f} %"
 
 
 def points(measure: Mapping[str, float]) -> str:
     """A difference of shares in percentage points with its interval."""
-    value, low, high = (100 * measure[key] for key in ("value", "low", "high"))
+    # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
+    value, low, high = (round(100 * measure[key], 1) + 0.0 for key in ("value", "low", "high"))
     return f"{value:+.1f} points (95 %: {low:+.1f} to {high:+.1f})"
 
 
 def _cases(report: Mapping[str, Any]) -> Iterator[_Case]:
     """Every attack measured; where none was, the set with accuracies only."""
-    encoders: Mapping[str, Any] = report.get("encoders", {})
-    keys = dict.fromkeys(
-        (entry["dataset"], entry["probe"], position)
-        for encoder in encoders.values()
+    entries = [
+        (role, entry)
+        for role, encoder in report.get("encoders", {}).items()
         for entry in encoder.get("downstream", ())
-        for position in range(max(1, len(entry.get("attacks", ()))))
+    ]
+    keys = dict.fromkeys(
+        (entry["dataset"], entry["probe"], attack.get("trigger"))
+        for _, entry in entries
+        for attack in entry.get("attacks") or ({},)
     )
-    for dataset, probe, position in keys:
-        entries = {
-            role: entry
-            for role, encoder in encoders.items()
-            for entry in encoder.get("downstream", ())
-            if (entry["dataset"], entry["probe"]) == (dataset, probe)
-        }
-        rates = {
-            role: entry["attacks"][position]["attack_success_rate"]
-            for role, entry in entries.items()
-            if "attack_success_rate" in entry.get("attacks", ({},) * (position + 1))[position]
-        }
-        differences = {
-            row["b"]: row
-            for row in report.get("comparisons", ())
-            if (row["a"], row["dataset"], row["probe"]) == ("purified", dataset, probe)
-        }
+    for dataset, probe, trigger in keys:
+        same = {r: e for r, e in entries if (e["dataset"], e["probe"]) == (dataset, probe)}
         yield _Case(
             dataset=dataset,
             probe=probe,
-            rates=rates,
-            accuracies={role: entry["clean_accuracy"] for role, entry in entries.items()},
-            differences=differences,
+            rates={
+                role: attack["attack_success_rate"]
+                for role, entry in same.items()
+                for attack in entry.get("attacks", ())
+                if attack["trigger"] == trigger and "attack_success_rate" in attack
+            },
+            accuracies={role: entry["clean_accuracy"] for role, entry in same.items()},
+            differences={
+                row["b"]: row
+                for row in report.get("comparisons", ())
+                if (row["a"], row["dataset"], row["probe"]) == ("purified", dataset, probe)
+            },
         )
+
+
+def _severity(case: _Case) -> tuple[int, float]:
+    return _WORST_FIRST.index(_level(case)), -case.rates["purified"]["value"]
 
 
 def _level(case: _Case) -> Level:
     teacher, purified, clean = (case.rates.get(r) for r in ("teacher", "purified", "clean"))
-    assert teacher is not None and purified is not None
-    if clean is None:
-        shown, floor = teacher["value"] >= _SHOWN_WITHOUT_CLEAN, _RATE_LIMIT
-    else:
+    assert teacher is not None
+    assert purified is not None
+    limit = _RATE_LIMIT
+    shown = teacher["low"] > limit
+    if clean is not None:
         floor = clean["value"] + _ABOVE_CLEAN
         shown = teacher["low"] > clean["high"] and teacher["value"] > floor
-    if purified["value"] <= min(_RATE_LIMIT, floor):
-        return "purified" if shown else "not_shown"
+        limit = min(limit, floor)
+    if not shown:
+        return "not_shown"
+    if purified["value"] <= limit:
+        return "purified"
     difference = case.differences.get("teacher", {}).get("attack_success_rate")
-    if difference is not None and difference["high"] < 0:
-        return "reduced"
-    return "not_purified" if shown else "not_shown"
+    return "reduced" if difference is not None and difference["high"] < 0 else "not_purified"
 
 
-def _headline(level: Level, case: _Case) -> str:
-    cost = case.accuracies["teacher"]["value"] - case.accuracies["purified"]["value"]
-    costly = level == "purified" and cost > _ACCURACY_COST
+def _headline(worst: _Case, cases: Sequence[_Case]) -> str:
+    level = _level(worst)
+    costly = any(
+        case.accuracies["teacher"]["value"] - case.accuracies["purified"]["value"] > _ACCURACY_COST
+        for case in cases
+    )
     return _HEADLINE[level] + (", at a cost in accuracy" if costly else "")
 
 
 def _figures(case: _Case) -> str:
     rates, accuracies = case.rates, case.accuracies
     clean = f" (clean encoder {percent(rates['clean']['value'])})" if "clean" in rates else ""
+    before, after = percent(rates["teacher"]["value"]), percent(rates["purified"]["value"])
     return (
-        f"ASR {percent(rates['teacher']['value'])} -> {percent(rates['purified']['value'])}{clean}, "
-        f"accuracy {percent(accuracies['teacher']['value'])} -> "
+        f"ASR {before} -> {after}{clean}, accuracy {percent(accuracies['teacher']['value'])} -> "
         f"{percent(accuracies['purified']['value'])}"
     )
 
@@ -199,21 +178,45 @@ def _details(case: _Case) -> list[str]:
     return details
 
 
+def _limits_of_measurement(report: Mapping[str, Any], cases: Sequence[_Case]) -> list[str]:
+    encoders = report.get("encoders", {})
+    found: list[str] = []
+    if any(case.rates for case in cases):
+        found.append(
+            "No proof of absence: the figures hold for the trigger and the downstream sets "
+            "measured. Another trigger may still work."
+        )
+    else:
+        found.append(
+            "ASR not measured: no trigger was given. Agreement and accuracy on clean images say "
+            "nothing about a backdoor; a backdoored encoder scores well on both."
+        )
+    if not cases:
+        found.append("Accuracy not measured: no labeled downstream set was given.")
+        return found
+    if "clean" not in encoders and any(case.rates for case in cases):
+        found.append("No clean encoder was measured: the ASR that chance alone gives is not known.")
+    if "purified" in encoders and "student_only" not in encoders:
+        found.append(
+            "No student-only floor was measured: how much accuracy the clean images give without "
+            "the teacher is not known."
+        )
+    found.append("Intervals cover the choice of test images, not the randomness of training.")
+    return found
+
+
 def _without_rates(report: Mapping[str, Any]) -> dict[str, Any]:
     """The headline where teacher and purified have no ASR to compare."""
+    cases = list(_cases(report))
     parts: list[str] = []
-    for case in _cases(report):
+    for case in cases:
         for role, accuracy in case.accuracies.items():
             rate = case.rates.get(role)
             asr = "" if rate is None else f", ASR {percent(rate['value'])}"
             name = role.replace("_", "-")
             parts.append(f"{name} accuracy {percent(accuracy['value'])}{asr} ({case.dataset})")
-    measured = [
-        word
-        for word, there in (("Agreement", "agreement" in report), ("accuracy", bool(parts)))
-        if there
-    ]
-    rated = any(case.rates for case in _cases(report))
-    head = " and ".join(measured).capitalize() + " measured" if measured else "Nothing measured"
-    text = f"{head}; ASR not measured" if not rated else f"Measured: {'; '.join(parts)}"
-    return {"level": "not_measured", "text": text, "details": [] if rated else parts, "rule": ""}
+    if any(case.rates for case in cases):
+        return {"level": "not_measured", "text": f"Measured: {'; '.join(parts)}", "details": []}
+    things = [name for name in ("agreement",) if name in report] + ["accuracy"] * bool(parts)
+    head = f"{' and '.join(things).capitalize()} measured; " if things else ""
+    return {"level": "not_measured", "text": f"{head}ASR not measured", "details": parts}

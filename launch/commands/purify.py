@@ -1,0 +1,76 @@
+"""``mimic-fast purify``: locate, distil, export, measure, report."""
+
+import typer
+
+from mimic_fast.launch.arguments import (
+    AttackFile,
+    Data,
+    Device,
+    Downstream,
+    Json,
+    Out,
+    Overrides,
+    Preset,
+    Recipe,
+    Resume,
+    Seed,
+    Teacher,
+    downstream_values,
+    given,
+    is_main_process,
+    launched_processes,
+    print_json,
+)
+
+
+def purify(
+    recipe: Recipe = None,
+    teacher: Teacher = None,
+    data: Data = None,
+    out: Out = None,
+    preset: Preset = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    downstream: Downstream = None,
+    attack: AttackFile = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Purify a suspect encoder with a few clean images; the result is a drop-in replacement.
+
+    Under torchrun every process calls it. Ctrl-C, SIGTERM and SIGUSR1 save the state and leave with
+    exit code 6; --resume auto goes on.
+    """
+    from mimic_fast.recipe import load_settings
+
+    values = {
+        **given(seed=seed),
+        "encoder": given(teacher=teacher),
+        "data": given(source=data),
+        "run": given(out=out, resume=resume, device=device),
+        "evaluation": given(downstream=downstream_values(downstream), attack=attack),
+    }
+    settings = load_settings(recipe, preset=preset, overrides=overrides or (), values=values)
+
+    # torch only now, so that a mistake in the settings shows at once
+    from mimic_fast.distil import purify as run
+    from mimic_fast.distributed import StopSignal
+    from mimic_fast.evidence import write_evidence
+    from mimic_fast.launch.memory import keep_freed_memory
+    from mimic_fast.launch.progress import progress_bars
+    from mimic_fast.launch.tables import print_report
+
+    keep_freed_memory()
+    with progress_bars() as report:
+        with StopSignal() as stop:
+            result = run(settings, world=launched_processes(), report=report, stop=stop)
+        if not is_main_process():
+            return
+        content = write_evidence(result, settings, report=report)
+    if as_json:
+        print_json(content)
+    else:
+        print_report(content)
+        typer.echo(f"purified encoder: {result.encoder}")
+        typer.echo(f"report: {result.out / 'report.html'}")

@@ -1,0 +1,100 @@
+"""Step D: everything that can be measured of a purification, written as report.json and report.html."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mimic_fast.config import Settings
+from mimic_fast.data.augment import plain_view
+from mimic_fast.encoders.ingest import load_encoder
+from mimic_fast.evaluation.agreement import agreement
+from mimic_fast.evaluation.downstream import Measurable
+from mimic_fast.evaluation.evaluate import evaluate_encoders
+from mimic_fast.evaluation.features import encode
+from mimic_fast.mutual_information.locate import mutual_information_json
+from mimic_fast.progress import Reporter, silent
+from mimic_fast.report.collect import RunFacts, build_report, write_report
+from mimic_fast.report.examples import load_examples
+
+if TYPE_CHECKING:
+    from mimic_fast.distil import PurifyResult
+
+_ENOUGH = 2  # held-out images below which agreement cannot be measured
+
+
+def write_evidence(
+    result: "PurifyResult",
+    settings: Settings,
+    *,
+    others: Mapping[str, Path] | None = None,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Measures teacher, purified encoder and ``others``; writes the report into the run directory.
+
+    Agreement on the held-out clean images is always measured; accuracy and ASR where
+    ``settings.evaluation`` names labelled sets and an attack.
+
+    Args:
+        result: A finished purification.
+        settings: Its settings; ``evaluation`` may have been extended since.
+        others: More encoders by role, e.g. ``student_only`` or ``clean``.
+        report: Told of progress.
+    """
+    encoders: dict[str, Measurable] = {"teacher": result.teacher}
+    for role, path in {"purified": result.encoder, **(others or {})}.items():
+        encoders[role] = load_encoder(path)
+    evaluation = evaluate_encoders(
+        encoders, settings.evaluation, seed=settings.seed, report=report
+    )
+    content = build_report(
+        evaluation,
+        run=RunFacts(
+            settings=settings.model_dump(mode="json"),
+            clean_set={
+                "source": result.clean_set.source,
+                "size": len(result.clean_set.items),
+                "fraction": result.clean_set.fraction,
+                "sha256": result.clean_set.sha256,
+                "quarantined": len(result.clean_set.quarantined),
+            },
+            cost={
+                "seconds": result.seconds,
+                "images_per_second": result.trained.images_per_second,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "steps": result.trained.steps,
+                "skipped_steps": result.trained.skipped,
+            },
+            provenance={"teacher_file": result.teacher.path.name},
+        ),
+        agreement=_agreement(result),
+        mutual_information=mutual_information_json(result.mutual_information),
+    )
+    spec = result.purified.spec
+    examples = load_examples(
+        evaluation, settings.evaluation, image_size=spec.image_size, channels=spec.in_channels
+    )
+    write_report(
+        result.out, content, metrics=result.out / "metrics.jsonl", examples=examples
+    )
+    return content
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process so far: on the GPU if one was used, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _agreement(result: "PurifyResult") -> dict[str, Any] | None:
+    held_out = result.clean_set.hold_out
+    if held_out < _ENOUGH:
+        return None
+    images = plain_view(result.pool[-held_out:], image_size=result.purified.spec.image_size)
+    teacher = result.teacher.encoder.to("cpu", torch.float32)
+    return agreement(encode(teacher, images), encode(result.purified, images))

@@ -1,0 +1,142 @@
+"""Activations of the clean images: pooled vectors of every tap, the same for any process count.
+
+The images are cut into fixed chunks, whole chunks go to processes, and the float32 vectors are
+gathered in the order of the images: every forward pass has the shape it has in a single process.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from mimic_fast.data.augment import plain_view
+from mimic_fast.distributed import Processes, all_gather_rows, any_process, broadcast_json
+from mimic_fast.encoders.taps import TappedEncoder, undisturbed
+from mimic_fast.errors import StoppedError
+from mimic_fast.mutual_information.finished_parts import FinishedParts
+from mimic_fast.progress import Event, Reporter
+
+Images = UInt8[Tensor, "image channel side side"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepA:
+    """What every part of step A needs to run in step with the other processes.
+
+    Args:
+        processes: All of them, this one's place among them.
+        parts: Finished parts of an earlier try.
+        report: Told of progress.
+        stop: Polled between chunks and epochs, on all processes equally often.
+    """
+
+    processes: Processes
+    parts: FinishedParts
+    report: Reporter
+    stop: Callable[[], bool]
+
+    def poll(self) -> None:
+        """Leaves if any process was told to stop; finished parts are on disk by then.
+
+        Raises:
+            StoppedError: On all processes alike.
+        """
+        if any_process(self.stop(), self.processes):
+            raise StoppedError("stopped in step A; go on with --resume auto")
+
+
+def pooled_activations(
+    tapped: TappedEncoder,
+    images: Images,
+    *,
+    chunk: int,
+    pool: Literal["mean", "class_token"],
+    step: StepA,
+) -> tuple[Float32[Tensor, "image feature"], tuple[Float32[Tensor, "image _"], ...]]:
+    """Features and one pooled vector per tap of every image, on the CPU of every process.
+
+    Args:
+        tapped: The encoder whose activations are measured, on ``step.processes.device``.
+        images: All clean images.
+        chunk: Images per forward pass.
+        pool: How a tap becomes one vector.
+        step: Processes, finished parts, progress.
+
+    Raises:
+        StoppedError: If a process was told to stop.
+        MachineError: If a finished part cannot be written.
+    """
+    rank, world = step.processes.rank, step.processes.world
+    chunks = -(-len(images) // chunk)
+    own = range(-(-rank * chunks // world), -(-(rank + 1) * chunks // world))
+    done: list[list[Tensor]] = []
+    # Every process polls as often as process 0, which has the most chunks.
+    for turn in range(-(-chunks // world)):
+        step.poll()
+        if turn < len(own):
+            index = own[turn]
+            part = images[index * chunk : (index + 1) * chunk]
+            done.append(_chunk_activations(tapped, part, f"pooled_{index:06d}", pool, step))
+        share = len(images) * (turn + 1) * world // chunks
+        step.report(
+            Event(phase="locate", done=min(len(images), share), total=len(images), unit="images")
+        )
+    widths = broadcast_json(
+        [tensor.shape[1] for tensor in done[0]] if done else None, step.processes
+    )
+    gathered = [
+        all_gather_rows(
+            _stacked([c[k] for c in done], width).to(step.processes.device), step.processes
+        )
+        for k, width in enumerate(widths)
+    ]
+    features, *layers = [tensor.cpu() for tensor in gathered]
+    return features, tuple(layers)
+
+
+def flattened_maps(
+    tapped: TappedEncoder, images: Images, *, tap: int, chunk: int, poll: Callable[[], None]
+) -> tuple[Float32[Tensor, "image feature"], Float32[Tensor, "image value"]]:
+    """Features and the whole flattened map of one tap: channels times positions values an image.
+
+    All of it is held in memory: 2,000 maps of 64x32x32 are 0.5 GB.
+    """
+    features, maps = [], []
+    with undisturbed(tapped), torch.no_grad():
+        for view in _views(tapped, images, chunk):
+            poll()
+            vectors, outputs = tapped(view)
+            features.append(vectors.float().cpu())
+            maps.append(outputs[tap].flatten(1).float().cpu())
+    return torch.cat(features), torch.cat(maps)
+
+
+def _chunk_activations(
+    tapped: TappedEncoder,
+    images: Tensor,
+    name: str,
+    pool: Literal["mean", "class_token"],
+    step: StepA,
+) -> list[Tensor]:
+    found = step.parts.find(name, images)
+    if found is None:
+        with undisturbed(tapped), torch.no_grad():
+            view = next(_views(tapped, images, len(images)))
+            features, layers = tapped.pooled(view, pool=pool)
+        rows = {f"{i:04d}": t.float().cpu() for i, t in enumerate((features, *layers))}
+        step.parts.keep(name, images, rows)
+        found = rows
+    return [found[key] for key in sorted(found)]
+
+
+def _views(tapped: TappedEncoder, images: Tensor, chunk: int) -> Iterator[Tensor]:
+    encoder = tapped.encoder
+    for part in images.split(chunk):
+        yield plain_view(part, image_size=encoder.spec.image_size).to(encoder.mean.device)
+
+
+def _stacked(rows: list[Tensor], width: int) -> Tensor:
+    return torch.cat(rows) if rows else torch.empty(0, width)

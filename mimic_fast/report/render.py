@@ -1,0 +1,136 @@
+"""report.html: from the content of report.json to a page."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mimic_fast.report.examples import Example
+from mimic_fast.report.plots import (
+    by_role,
+    loss_chart,
+    mutual_information_chart,
+    outcome_chart,
+    role_title,
+)
+from mimic_fast.report.verdict import percent, points
+
+
+def render_report(
+    report: Mapping[str, Any], *, metrics: Path | None = None, examples: Sequence[Example] = ()
+) -> str:
+    """The HTML page, which stands alone: inline style, images as data URIs, no script, no address.
+
+    Args:
+        report: Of ``build_report``. Untrusted text in it (names, paths) is escaped.
+        metrics: ``metrics.jsonl`` of the run, for the curves.
+        examples: Of ``load_examples``.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mimic_fast", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=percent,
+        points=lambda measure: _typeset(points(measure)),
+        typeset=_typeset,
+        interval=_interval,
+        role=role_title,
+        bytes=_bytes,
+        duration=_duration,
+        flat=_flat,
+    )
+    information = report.get("mutual_information")
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        roles=by_role(report.get("encoders", {})),
+        tables=_tables(report),
+        information_chart=None if information is None else mutual_information_chart(information),
+        curves=None if metrics is None else loss_chart(metrics),
+        examples=examples,
+    )
+
+
+def _tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One before/after table per downstream set and probe, rows in the order of roles."""
+    encoders = report.get("encoders", {})
+    names = {facts["name"]: facts for facts in report.get("datasets", ())}
+    tables: dict[tuple[str, str], dict[str, Any]] = {}
+    for role in by_role(encoders):
+        for entry in encoders[role].get("downstream", ()):
+            key = entry["dataset"], entry["probe"]
+            table = tables.setdefault(
+                key, {"dataset": key[0], "probe": key[1], "facts": names.get(key[0]), "rows": []}
+            )
+            attack = next(iter(entry.get("attacks", ())), {})
+            table["rows"].append({"role": role, "entry": entry, "attack": attack})
+    for (dataset, probe), table in tables.items():
+        table["target"] = _target_name(table)
+        table["attacked"] = any(row["attack"] for row in table["rows"])
+        table["comparisons"] = [
+            row
+            for row in report.get("comparisons", ())
+            if (row["dataset"], row["probe"]) == (dataset, probe)
+        ]
+        table["chart"] = outcome_chart(
+            [
+                (
+                    row["role"],
+                    row["entry"]["clean_accuracy"],
+                    row["attack"].get("attack_success_rate"),
+                )
+                for row in table["rows"]
+            ]
+        )
+    return list(tables.values())
+
+
+def _target_name(table: Mapping[str, Any]) -> str | None:
+    target = next((row["attack"]["target"] for row in table["rows"] if row["attack"]), None)
+    if target is None:
+        return None
+    classes = (table["facts"] or {}).get("class_names") or []
+    return f"{target} ({classes[target]})" if target < len(classes) else str(target)
+
+
+def _interval(measure: Mapping[str, float]) -> str:
+    """Ends of the interval in per cent, without the sign."""
+    return f"{100 * measure['low']:.1f}\u2013{100 * measure['high']:.1f}"
+
+
+def _typeset(text: str) -> str:
+    """Arrows, minus signs and no-break spaces for the ASCII of the verdict."""
+    arrows = text.replace("->", "\u2192").replace(" %", "\u00a0%")
+    return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", arrows)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested values as dotted names, in order."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((prefix + key, value))
+    return rows
+
+
+def _bytes(value: float | int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def _duration(seconds: float | int) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,129 @@
+"""A whole evaluation from predictions drawn with a seed: the shape that report.json has."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from mimic_fast.evaluation.metrics import Measure
+from mimic_fast.evaluation.scores import (
+    Score,
+    Stamped,
+    comparisons,
+    downstream_entry,
+    example_rows,
+)
+from mimic_fast.report.collect import RunFacts
+
+TARGET = 8
+# accuracy and ASR by role
+ROLES = {
+    "teacher": (0.83, 0.99),
+    "purified": (0.82, 0.015),
+    "student_only": (0.70, 0.015),
+    "clean": (0.83, 0.01),
+}
+
+
+def make_score(role: str, accuracy: float, rate: float | None, n: int = 4000) -> Score:
+    generator = torch.Generator().manual_seed(len(role))
+    labels = torch.arange(n) % 10
+    right = torch.rand(n, generator=generator) < accuracy
+    predicted = torch.where(right, labels, (labels + 1) % 7)  # never by mistake the target
+    stamped = None
+    if rate is not None:
+        fooled = torch.rand(n, generator=generator) < rate
+        stamped = Stamped(
+            trigger="white_patch",
+            target=TARGET,
+            predicted=torch.where(fooled, TARGET, predicted),
+        )
+    return Score(
+        dataset="fashion-mnist",
+        role=role,
+        probe="linear",
+        train_images=1000,
+        indices=torch.arange(n),
+        labels=labels,
+        predicted=predicted,
+        stamped=stamped,
+    )
+
+
+@pytest.fixture
+def make_evaluation() -> Callable[..., dict[str, Any]]:
+    """``make_evaluation(teacher=(accuracy, rate), ...)``; None leaves a role out."""
+
+    def make(**changes: tuple[float, float | None] | None) -> dict[str, Any]:
+        roles: Mapping[str, Any] = {**ROLES, **changes}
+        scores = [make_score(role, *rates) for role, rates in roles.items() if rates is not None]
+        return {
+            "encoders": {
+                score.role: {"sha256": "ab" * 32, "downstream": [downstream_entry(score, scores)]}
+                for score in scores
+            },
+            "comparisons": comparisons(scores),
+            "datasets": [
+                {
+                    "name": "fashion-mnist",
+                    "train": "fashion-mnist:train",
+                    "test": "fashion-mnist:test",
+                    "classes": 10,
+                    "class_names": [*"abcdefgh", "Bag", "Boot"],
+                    "probe_train_images": 1000,
+                    "test_images": 4000,
+                    "unreadable": [],
+                }
+            ],
+            "examples": [{"dataset": "fashion-mnist", "images": example_rows(scores)}],
+        }
+
+    return make
+
+
+@pytest.fixture
+def run_facts() -> RunFacts:
+    return RunFacts(
+        settings={"preset": "hardened", "optim": {"lr": 0.003}},
+        clean_set={"size": 2400, "fraction": 0.04, "sha256": "cd" * 32},
+        cost={"seconds": 312.4, "images_per_second": 812.3, "peak_memory_bytes": 2**30},
+        provenance={"teacher_file": "suspect.safetensors"},
+    )
+
+
+@pytest.fixture
+def agreement() -> dict[str, Measure]:
+    return {
+        "cosine": Measure(value=0.953, low=0.949, high=0.957, n=240),
+        "knn_overlap_10": Measure(value=0.61, low=0.58, high=0.64, n=240),
+        "linear_cka": Measure(value=0.93, low=0.91, high=0.95, n=240),
+    }
+
+
+@pytest.fixture
+def information() -> dict[str, Any]:
+    layers = [
+        {
+            "tap": f"layer{index}",
+            "value": float(index),
+            "raw": float(index),
+            "low": index - 0.3,
+            "high": index + 0.3,
+            "noise_floor": 0.1,
+            "pairs": 64,
+            "bins": 16,
+            "determines_features": index == 4,
+            "share": index / 10,
+            "weight": 1000.0 + 1000 * index,
+        }
+        for index in (1, 2, 3, 4)
+    ]
+    return {
+        "estimator": "histogram",
+        "source": "teacher",
+        "images": 2160,
+        "bins": 16,
+        "layers": layers,
+        "seconds": 3.2,
+    }
