@@ -1,7 +1,8 @@
 """Oracles of every op in plain PyTorch: they read like the formulas and run everywhere.
 
-Each computes in the input's dtype or wider (float16 and bfloat16 are raised to float32 first: a sum of
-squares over 1024 channels overflows float16 at a standard deviation of 8) and is differentiated by autograd.
+Each computes in the input's dtype or wider (float16 and bfloat16 are raised to float32 first: a sum
+of squares over 1024 channels overflows float16 at a standard deviation of 8) and is differentiated
+by autograd.
 """
 
 import torch
@@ -35,7 +36,7 @@ def attention_loss(
     *,
     power: float = 2.0,
 ) -> Float[Tensor, ""]:
-    """Squared distance of the attention maps, summed over positions, averaged over the batch: [0, 2].
+    """Squared distance of attention maps, summed over positions, averaged over the batch: [0, 2].
 
     The authors' demo takes the mean over positions instead: divide by height * width.
     """
@@ -59,7 +60,7 @@ def nt_xent(
     *,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Normalized temperature-scaled cross entropy (SimCLR, arXiv:2002.05709, eq. 1), mean over anchors.
+    """Normalized temperature-scaled cross entropy (SimCLR, arXiv:2002.05709, eq. 1).
 
     Args:
         anchors: L2-normalized projections of this process.
@@ -85,8 +86,9 @@ def joint_histogram(
 ) -> Int32[Tensor, "group pair bins bins"]:
     """Joint bin counts of every pair of directions, apart for every group of images.
 
-    ``counts[g, p, i, j]`` is the number of images ``n`` with ``groups[n] == g``, ``x_codes[p, n] == i`` and
-    ``y_codes[p, n] == j``: integers, so that a sum over processes does not depend on its order.
+    ``counts[g, p, i, j]`` is the number of images ``n`` with ``groups[n] == g``, ``x_codes[p, n] ==
+    i`` and ``y_codes[p, n] == j``: integers, so that a sum over processes does not depend on its
+    order.
 
     Args:
         x_codes: Bin of each image along the first direction of each pair, below ``bins``.

@@ -35,6 +35,10 @@ Overrides = Annotated[
 Resume = Annotated[
     str | None, typer.Option("--resume", help="auto: go on from the newest good state; or never.")
 ]
+AllowBudget = Annotated[
+    bool | None,
+    typer.Option("--allow-budget", help="Permit more images than data.budget, 5 % by default."),
+]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Downstream = Annotated[
     list[str] | None,

@@ -42,16 +42,22 @@ app.add_typer(config.app, name="config")
 _BadCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-@app.callback(invoke_without_command=True)
+def _print_version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"mimic-fast {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
 def root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool | None,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = None,
 ) -> None:
     """Purify backdoored pre-trained vision encoders."""
-    if version:
-        typer.echo(f"mimic-fast {VERSION}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def run(arguments: list[str]) -> int:
     Exceptions that are bugs propagate.
     """
     try:
-        code = app(arguments, prog_name="mimic-fast", standalone_mode=False) or 0
+        code = app(arguments or ["--help"], prog_name="mimic-fast", standalone_mode=False) or 0
     except MimicError as error:
         return _failed(str(error), error.exit_code)
     except _BadCommandLine as error:

@@ -6,7 +6,7 @@ The public names below load on first use, so that ``import mimic_fast`` imports 
 from importlib import import_module
 from typing import Any
 
-from mimic_fast.version import VERSION as __version__
+from mimic_fast.version import __version__
 
 _PUBLIC = {
     "Settings": "mimic_fast.config",

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mimic_fast.distributed import Processes, sum_with_gradient
 from mimic_fast.errors import UsageError
@@ -11,8 +12,9 @@ from mimic_fast.errors import UsageError
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d over the joined batch of all processes; state keys are BatchNorm2d's own.
 
-    Mean first, then squared deviations (two all-reduces): no cancellation, so float32 stays close to
-    BatchNorm on one process. In eval mode it is BatchNorm2d.
+    Mean first, then squared deviations (two all-reduces): no cancellation, so float32 stays close
+    to BatchNorm on one process. Half-precision input is summed in float32, as BatchNorm2d does. In
+    eval mode it is BatchNorm2d.
     """
 
     processes: Processes
@@ -21,18 +23,21 @@ class SyncBatchNorm(nn.BatchNorm2d):
         """Normalizes over the batch of all processes."""
         if not self.training:
             return super().forward(input)
-        local = input.new_full((1,), float(input.numel() // input.shape[1]))
-        totals = sum_with_gradient(torch.cat([input.sum((0, 2, 3)), local]), self.processes)
+        wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        local = wide.new_full((1,), float(input.numel() // input.shape[1]))
+        totals = sum_with_gradient(torch.cat([wide.sum((0, 2, 3)), local]), self.processes)
         count = totals[-1].detach()
         mean = totals[:-1] / count
-        centered = input - mean[:, None, None]
+        centered = wide - mean[:, None, None]
         variance = sum_with_gradient(centered.square().sum((0, 2, 3)), self.processes) / count
         self._update(mean.detach(), variance.detach(), count)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
         output = centered * scale[:, None, None]
-        return output + self.bias[:, None, None] if self.bias is not None else output
+        if self.bias is not None:
+            output = output + self.bias[:, None, None]
+        return output.to(input.dtype)
 
     def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if (
@@ -49,13 +54,20 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batchnorm(module: nn.Module, processes: Processes) -> nn.Module:
-    """Replaces every BatchNorm2d of ``module`` in place by its synchronized form, keeping the state."""
+    """Replaces every BatchNorm of ``module`` in place by its synchronized form, keeping the state.
+
+    Raises:
+        UsageError: If a layer has no synchronized form on CPU, such as BatchNorm1d.
+    """
     if processes.world == 1:
         return module
     if processes.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        from timm.layers.norm_act import convert_sync_batchnorm
+
+        # Not torch's own conversion, which drops the activation inside timm's BatchNormAct2d.
+        return convert_sync_batchnorm(module)
     for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
             _synchronize(child, processes)
     return module
 
@@ -71,7 +83,7 @@ class SyncBatchNormAct(SyncBatchNorm):
         return self.act(self.drop(super().forward(input)))
 
 
-def _synchronize(layer: nn.BatchNorm2d, processes: Processes) -> None:
+def _synchronize(layer: nn.Module, processes: Processes) -> None:
     # Changing the class keeps parameters, buffers and hooks where they are.
     from timm.layers.norm_act import BatchNormAct2d
 

@@ -1,4 +1,4 @@
-"""Every setting of a purification: frozen, validated, described. ``recipe.py`` reads them from TOML."""
+"""Every setting of a purification: frozen, validated, described; ``recipe.py`` reads TOML."""
 
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ class EncoderSpec(Frozen):
     )
     stem: Literal["native", "small_stride1", "small_stride2"] = Field(
         default="native",
-        description="ResNets only: 'small_*' replaces stem convolution and pooling by one 3x3 convolution",
+        description="ResNets only: 'small_*' has one 3x3 convolution and no pooling",
     )
     in_channels: int = Field(default=3, ge=1, description="image channels")
     image_size: int = Field(ge=8, description="height and width of the input, pixels")
@@ -167,7 +167,7 @@ class HardenSettings(Frozen):
         default=("constant", "noise", "image"),
         description="contents of the rectangle, drawn uniformly",
     )
-    rectangles: int = Field(default=1, ge=1, description="rectangles per perturbed image")
+    rectangles: int = Field(default=2, ge=1, description="rectangles per perturbed image")
 
     @model_validator(mode="after")
     def _area(self) -> "HardenSettings":
@@ -184,7 +184,7 @@ class LossSettings(Frozen):
 
     clone: float = Field(default=1.0, ge=0, description="weight of the clone loss")
     attention_weight: float = Field(
-        default=0.1,
+        default=0.001,
         ge=0,
         description="a in lambda_l = (base + gain p_l) a / N_l; mean form: factor",
     )

@@ -56,7 +56,8 @@ class PurifyResult:
         purified: The encoder itself, on CPU, in eval mode.
         teacher: The suspect encoder it was distilled from.
         clean_set: The images used.
-        pool: Those images decoded, uint8 ``[n, C, S, S]``; the last ``clean_set.hold_out`` were held out.
+        pool: Those images decoded, uint8 ``[n, C, S, S]``; the last ``clean_set.hold_out`` were
+            held out.
         mutual_information: Step A's result.
         trained: Cost of step B.
         seconds: Wall time of the whole call.
@@ -82,8 +83,9 @@ def purify(
 ) -> PurifyResult:
     """Purifies ``settings.encoder.teacher`` with clean images of ``settings.data.source``.
 
-    Writes into ``settings.run.out``: config.json, clean_set.json, mutual_information.json, metrics.jsonl,
-    state/, encoder.safetensors and encoder.json. Under torchrun every process calls it.
+    Writes into ``settings.run.out``: config.json, clean_set.json, mutual_information.json,
+    metrics.jsonl, state/, encoder.safetensors and encoder.json. Under torchrun every process calls
+    it.
 
     Args:
         settings: Everything.
@@ -146,7 +148,8 @@ class _Setup:
 
 def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setup:
     """Teacher, clean images and student, each checked before anything is computed."""
-    assert settings.encoder.teacher is not None and settings.data.source is not None
+    assert settings.encoder.teacher is not None
+    assert settings.data.source is not None
     assert settings.run.out is not None
     teacher = load_encoder(settings.encoder.teacher, settings.encoder)
     spec = teacher.encoder.spec
@@ -170,7 +173,8 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     taps = settings.encoder.taps or default_taps(teacher.encoder)
     teacher.encoder.requires_grad_(False)
     teacher_taps = TappedEncoder(teacher.encoder, taps).to(processes.device).eval()
-    # The student is built from the specification alone: no weight or buffer of the teacher enters it.
+    # The student is built from the specification alone: no weight or buffer of the teacher enters
+    # it.
     student = build_encoder(spec, seed=settings.seed)
     student_taps = TappedEncoder(student, taps).to(processes.device)
     sample = plain_view(pool[:16], image_size=spec.image_size).to(processes.device)

@@ -1,4 +1,4 @@
-"""Process start-up checks and the collectives a run needs; one process is the same code without them."""
+"""Process start-up checks and the collectives a run needs; one process runs the same code."""
 
 import signal
 import threading
@@ -48,8 +48,8 @@ def start(
         expected_world: Processes the launcher started (its WORLD_SIZE), read by the caller.
 
     Raises:
-        UsageError: If the device is not there, or Accelerate runs another number of processes, device
-            or precision than asked for (it can do so silently).
+        UsageError: If the device is not there, or Accelerate runs another number of processes,
+            device or precision than asked for (it can do so silently).
     """
     from accelerate import Accelerator, DistributedType
     from accelerate.utils import InitProcessGroupKwargs
@@ -59,20 +59,27 @@ def start(
         raise UsageError("run.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
     on_cpu = run.device == "cpu" or not cuda
     precision = "bf16" if optim.precision == "bf16" else "no"
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and expected_world > 1 else []
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers)
-    kinds = (
-        {DistributedType.NO}
-        if expected_world == 1
-        else {
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        }
-    )
+    launched = dist.is_torchelastic_launched()
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and launched else []
+    try:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    except ValueError as error:  # it holds on to the first precision and device of a Python process
+        raise UsageError(
+            f"optim.precision {optim.precision!r} or run.device {run.device!r} cannot run: {error}"
+        ) from None
+    # torchrun makes a process group even of one process.
+    kinds = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if expected_world == 1:
+        kinds.add(DistributedType.NO)
     if accelerator.num_processes != expected_world or accelerator.distributed_type not in kinds:
         raise UsageError(
             f"the launcher started {expected_world} processes but Accelerate runs "
-            f"{accelerator.num_processes} as {accelerator.distributed_type.value}; start with torchrun"
+            f"{accelerator.num_processes} ({accelerator.distributed_type.value}); use torchrun"
+        )
+    if (accelerator.device.type == "cpu") != on_cpu:
+        raise UsageError(
+            f"run.device {run.device!r} was asked for but {accelerator.device} runs; "
+            "unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE"
         )
     if accelerator.mixed_precision != precision:
         raise UsageError(
@@ -190,8 +197,8 @@ def gather_with_gradient(
 ) -> Float[Tensor, "all_rows *rest"]:
     """Rows of all processes in rank order, differentiable; every process brings as many rows.
 
-    Under DDP, which averages gradients over processes, the mean over processes of a loss computed from
-    the gathered rows has exactly the gradient of that mean.
+    Under DDP, which averages gradients over processes, the mean over processes of a loss computed
+    from the gathered rows has exactly the gradient of that mean.
     """
     if processes.world == 1:
         return tensor
@@ -230,6 +237,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
+        """Whether a signal came."""
         return self._caught is not None
 
     @property

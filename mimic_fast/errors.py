@@ -1,7 +1,7 @@
 """Errors that carry the documented exit code of the command line.
 
-Library code raises them; only ``launch/`` turns them into a process exit. Every message is one line:
-what was expected, what came, what to do.
+Library code raises them; only ``launch/`` turns them into a process exit. Every message is one
+line: what was expected, what came, what to do.
 """
 
 

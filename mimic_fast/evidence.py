@@ -1,4 +1,4 @@
-"""Step D: everything that can be measured of a purification, written as report.json and report.html."""
+"""Step D: what can be measured of a purification, as report.json and report.html."""
 
 import resource
 import sys
@@ -47,9 +47,7 @@ def write_evidence(
     encoders: dict[str, Measurable] = {"teacher": result.teacher}
     for role, path in {"purified": result.encoder, **(others or {})}.items():
         encoders[role] = load_encoder(path)
-    evaluation = evaluate_encoders(
-        encoders, settings.evaluation, seed=settings.seed, report=report
-    )
+    evaluation = evaluate_encoders(encoders, settings.evaluation, seed=settings.seed, report=report)
     content = build_report(
         evaluation,
         run=RunFacts(
@@ -77,9 +75,7 @@ def write_evidence(
     examples = load_examples(
         evaluation, settings.evaluation, image_size=spec.image_size, channels=spec.in_channels
     )
-    write_report(
-        result.out, content, metrics=result.out / "metrics.jsonl", examples=examples
-    )
+    write_report(result.out, content, metrics=result.out / "metrics.jsonl", examples=examples)
     return content
 
 

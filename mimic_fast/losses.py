@@ -1,4 +1,4 @@
-"""The losses of step B and their weighted total (method: arXiv:2406.03508 and its released demo)."""
+"""The losses of step B and their weighted total (arXiv:2406.03508 and its released demo)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,9 +32,10 @@ def weighted_attention_loss(
 ) -> Float[Tensor, ""]:
     """Attention losses of all layers, weighted by lambda_l.
 
-    ``sum`` form: lambda_l * a / N_l times the distance summed over the N_l positions, so that a = 1 is
-    the demo's strength at any map size. ``mean`` form: lambda_l * a times the mean over positions, the
-    demo's own expression; the two agree. A student map of another grid is interpolated to the teacher's.
+    ``sum`` form: lambda_l * a / N_l times the distance summed over the N_l positions, so that a = 1
+    is the demo's strength at any map size. ``mean`` form: lambda_l * a times the mean over
+    positions, the demo's own expression; the two agree. A student map of another grid is
+    interpolated to the teacher's.
 
     Args:
         student_maps: One feature map per tapped layer, shallow to deep.

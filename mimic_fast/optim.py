@@ -12,8 +12,8 @@ from mimic_fast.config import OptimSettings
 def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """The optimizer of the settings, fused so that a step can be skipped on the device.
 
-    AdamW leaves vectors (biases, normalization) and tokens (class, register, positions) undecayed, as is
-    usual; Adam and SGD decay all, as the authors' demo does.
+    AdamW leaves vectors (biases, normalization) and tokens (class, register, positions) undecayed,
+    as is usual; Adam and SGD decay all, as the authors' demo does.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if settings.name == "sgd":
@@ -77,7 +77,7 @@ def update_average(average: dict[str, Tensor], module: nn.Module, *, decay: floa
 
 
 def gradient_norm(parameters: Iterable[Tensor], *, clip: float) -> Tensor:
-    """L2 norm of all gradients before clipping to ``clip`` (0: not clipped); stays on the device."""
+    """L2 norm of all gradients before clipping to ``clip`` (0: none); stays on the device."""
     limit = clip if clip > 0 else math.inf
     return torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False)
 

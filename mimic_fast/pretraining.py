@@ -6,6 +6,7 @@ Attacks need a clean encoder to start from, evaluations a clean reference, and t
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import UInt8
@@ -25,7 +26,7 @@ from mimic_fast.data.images import load_images
 from mimic_fast.data.sources import open_source
 from mimic_fast.distributed import start
 from mimic_fast.encoders.build import Encoder, build_encoder
-from mimic_fast.encoders.export import export_encoder
+from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
 from mimic_fast.errors import UsageError
 from mimic_fast.progress import Event, Reporter, silent
@@ -47,6 +48,7 @@ class PretrainSettings(Frozen):
     optim: OptimSettings = Field(
         default_factory=lambda: OptimSettings(epochs=15, batch_size=256), description="optimizer"
     )
+    dtype: Literal["fp32", "fp16"] = Field(default="fp32", description="number type of the file")
     run: RunSettings = Field(default_factory=RunSettings, description="output and resuming")
 
 
@@ -86,7 +88,9 @@ def pretrain(
         settings.spec, pool, settings=_as_run(settings), report=report, stop=stop, phase="pretrain"
     )
     card = {"kind": "pretrained", "settings": settings.model_dump(mode="json")}
-    path = export_encoder(encoder, settings.run.out, key_map=None, card=card)
+    path = export_encoder(
+        encoder, settings.run.out, key_map=None, card=card, dtype=STORED[settings.dtype]
+    )
     return Pretrained(encoder=encoder, path=path, trained=trained)
 
 

@@ -1,6 +1,7 @@
 """How long work tells the caller where it stands, without printing.
 
-Library functions take ``report: Reporter`` and call it; ``launch/`` draws bars from it, tests record it.
+Library functions take ``report: Reporter`` and call it; ``launch/`` draws bars from it, tests
+record it.
 """
 
 from collections.abc import Callable, Mapping

@@ -46,7 +46,7 @@ def step_losses(
     settings: Settings,
     processes: Processes,
 ) -> Losses:
-    """Losses of one batch: the student sees it once (twice with a second view), the teacher once."""
+    """Losses of a batch: the student sees it once (twice with a second view), the teacher once."""
     size = batch.ids.shape[0]
     second = [] if batch.v2 is None else [batch.v2]
     features, maps, projected = student(torch.cat([student_view, *second]))

@@ -229,7 +229,8 @@ class _Loop:
         flags = torch.stack([bad.float(), bad.new_tensor(stop).float()])
         if self.processes.world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        # Fused optimizers skip a step whose found_inf is 1, on the device and on every process alike.
+        # Fused optimizers skip a step whose found_inf is 1, on the device and on every process
+        # alike.
         self.optimizer.found_inf = flags[0]  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         if self.average is not None:
@@ -259,7 +260,7 @@ class _Loop:
             if self.nonfinite_in_a_row >= self.settings.optim.max_nonfinite:
                 self._log(lines)
                 raise DivergedError(
-                    f"loss or gradient not finite {self.nonfinite_in_a_row} times in a row, last at "
+                    f"loss or gradient not finite {self.nonfinite_in_a_row} times in a row, at "
                     f"step {step} (batch ids in metrics.jsonl); lower optim.lr or optim.precision"
                 )
         self._log(lines)

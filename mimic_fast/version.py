@@ -1,3 +1,4 @@
 """The version, readable without importing anything heavy."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"
+VERSION = __version__

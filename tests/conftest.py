@@ -29,7 +29,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``torchrun(arguments, world=2, timeout=120)``: a script, or ``-m`` and a module, in several processes.
+    """``torchrun(arguments, world=2, timeout=120)``: a script, or ``-m`` and a module.
 
     The exit code is torchrun's own: 1 whatever a process exited with.
     """
@@ -64,10 +64,11 @@ def run_processes(
     torchrun: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., list[Any]]:
-    """``run_processes(worker, world=2, timeout=120, **arguments)``: what each rank's ``worker`` returned.
+    """``run_processes(worker, world=2, timeout=120, **arguments)``: what each rank returned.
 
-    ``worker`` is a function at the top of a test module; arguments and results are tensors, numbers,
-    strings and containers of them. Starting costs seconds: put many checks into one worker.
+    ``worker`` is a function at the top of a test module; arguments and results are tensors,
+    numbers, strings and containers of them. Starting costs seconds: put many checks into one
+    worker.
     """
 
     def run(

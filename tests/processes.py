@@ -1,7 +1,8 @@
 """One process of a test that needs several: `torchrun processes.py FILE FUNCTION FOLDER SECONDS`.
 
-Calls FUNCTION of the test module FILE with the arguments saved in FOLDER and saves what it returns there. The
-fixture `run_processes` in conftest.py starts it; jaxtyping and warnings are as strict as under pytest.
+Calls FUNCTION of the test module FILE with the arguments saved in FOLDER and saves what it returns
+there. The fixture `run_processes` in conftest.py starts it; jaxtyping and warnings are as strict as
+under pytest.
 """
 
 import faulthandler
@@ -22,7 +23,8 @@ def main(file: str, function: str, folder: str, seconds: str) -> None:
     torch.set_num_threads(1)
     install_import_hook("mimic_fast", "beartype.beartype")
     spec = importlib.util.spec_from_file_location("worker", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     arguments = torch.load(Path(folder) / "arguments.pt", weights_only=True)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from mimic_fast.losses import contrastive_loss, total_loss, weighted_attention_l
 from mimic_fast.mutual_information.weights import layer_shares, layer_weights
 from mimic_fast.recipe import load_settings
 
-EXACT = {"rtol": 1e-6, "atol": 1e-6}  # the project's bar for loss functions, in float64
+EXACT: dict[str, Any] = {
+    "rtol": 1e-6,
+    "atol": 1e-6,
+}  # the project's bar for loss functions, in float64
 GRIDS = [(8, 6), (4, 3), (1, 5)]
 CHANNELS = [3, 7, 16]
 

@@ -1,5 +1,6 @@
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def small_model() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def settings(name: str = "adamw", **changes: object) -> OptimSettings:
+def settings(name: str = "adamw", **changes: Any) -> OptimSettings:
     return OptimSettings.model_validate({"name": name, "lr": 0.01, "weight_decay": 0.1} | changes)
 
 
@@ -143,7 +144,7 @@ def test_a_skipped_step_leaves_no_trace(name, skipped, momentum):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def rates(total: int, per_epoch: int, **changes: object) -> list[float]:
+def rates(total: int, per_epoch: int, **changes: Any) -> list[float]:
     chosen = settings(lr=2.0, **changes)
     return [
         learning_rate(step, total_steps=total, steps_per_epoch=per_epoch, settings=chosen)

@@ -1,6 +1,7 @@
 """``mimic-fast locate``: mutual information of every layer with the encoder's features (step A)."""
 
 from mimic_fast.launch.arguments import (
+    AllowBudget,
     Data,
     Device,
     Json,
@@ -8,9 +9,12 @@ from mimic_fast.launch.arguments import (
     Overrides,
     Preset,
     Recipe,
+    Resume,
     Seed,
     Teacher,
     given,
+    is_main_process,
+    launched_processes,
     print_json,
 )
 
@@ -23,6 +27,8 @@ def locate(
     preset: Preset = None,
     seed: Seed = None,
     overrides: Overrides = None,
+    resume: Resume = None,
+    allow_budget: AllowBudget = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -32,12 +38,13 @@ def locate(
     values = {
         **given(seed=seed),
         "encoder": given(teacher=teacher),
-        "data": given(source=data),
-        "run": given(out=out, device=device),
+        "data": given(source=data, allow_budget=allow_budget),
+        "run": given(out=out, resume=resume, device=device),
     }
     settings = load_settings(recipe, preset=preset, overrides=overrides or (), values=values)
 
     # torch only now, so that a mistake in the settings shows at once
+    from mimic_fast.distributed import StopSignal
     from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.launch.tables import print_information
@@ -45,8 +52,10 @@ def locate(
     from mimic_fast.mutual_information.locate import mutual_information_json
 
     keep_freed_memory()
-    with progress_bars() as report:
-        result = run(settings, report=report)
+    with progress_bars() as report, StopSignal() as stop:
+        result = run(settings, report, world=launched_processes(), stop=stop)
+    if not is_main_process():
+        return
     if as_json:
         print_json(mutual_information_json(result))
     else:

@@ -3,6 +3,7 @@
 import typer
 
 from mimic_fast.launch.arguments import (
+    AllowBudget,
     AttackFile,
     Data,
     Device,
@@ -34,6 +35,7 @@ def purify(
     resume: Resume = None,
     downstream: Downstream = None,
     attack: AttackFile = None,
+    allow_budget: AllowBudget = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +49,7 @@ def purify(
     values = {
         **given(seed=seed),
         "encoder": given(teacher=teacher),
-        "data": given(source=data),
+        "data": given(source=data, allow_budget=allow_budget),
         "run": given(out=out, resume=resume, device=device),
         "evaluation": given(downstream=downstream_values(downstream), attack=attack),
     }

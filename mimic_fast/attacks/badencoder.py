@@ -1,13 +1,14 @@
-"""BadEncoder (Jia, Liu and Gong, IEEE S&P 2022, arXiv:2108.00352): a backdoor in a pre-trained encoder.
+"""BadEncoder (Jia, Liu, Gong, IEEE S&P 2022, arXiv:2108.00352): a backdoor in an encoder.
 
 Minimizes, from the clean encoder f0 with BatchNorm frozen,
-``-cos(f(x + trigger), f(ref)) - cos(f(aug(ref)), f0(ref)) - cos(f(x), f0(x))`` over shadow images x.
-For measuring defences; see SECURITY.md for intended use.
+``-cos(f(x + trigger), f(ref)) - cos(f(aug(ref)), f0(ref)) - cos(f(x), f0(x))`` over shadow images
+x. For measuring defences; see SECURITY.md for intended use.
 """
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -23,7 +24,7 @@ from mimic_fast.data.loader import epoch_order, steps_per_epoch
 from mimic_fast.data.sources import open_source
 from mimic_fast.distributed import SINGLE
 from mimic_fast.encoders.build import Encoder
-from mimic_fast.encoders.export import export_encoder
+from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import Attack, write_attack
@@ -61,6 +62,7 @@ class BadEncoderSettings(Frozen):
         ),
         description="optimizer",
     )
+    dtype: Literal["fp32", "fp16"] = Field(default="fp32", description="number type of the file")
     run: RunSettings = Field(default_factory=RunSettings, description="output")
 
 
@@ -105,7 +107,9 @@ def badencoder(settings: BadEncoderSettings, *, report: Reporter = silent) -> At
     _implant(clean, backdoored.encoder, pool, reference, trigger, settings, report)
     reached, kept = _success(clean.encoder, backdoored.encoder, pool, reference, trigger)
     card = {"kind": "badencoder", "settings": settings.model_dump(mode="json")}
-    path = export_encoder(backdoored.encoder, run.out, key_map=clean.key_map, card=card)
+    path = export_encoder(
+        backdoored.encoder, run.out, key_map=clean.key_map, card=card, dtype=STORED[settings.dtype]
+    )
     attack = write_attack(
         run.out,
         Attack(

@@ -1,4 +1,4 @@
-"""The floor: a random student trained on the clean images alone, contrastively, without the teacher.
+"""The floor: a random student trained contrastively on the clean images alone, no teacher.
 
 A defence that does not beat it has transferred nothing.
 """
@@ -16,6 +16,8 @@ from mimic_fast.encoders.export import export_encoder
 from mimic_fast.pretraining import train_contrastive
 from mimic_fast.progress import Reporter, silent
 from mimic_fast.training import Trained
+
+CROP_SCALE = (0.2, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +42,17 @@ def student_only(
     Args:
         spec: The teacher's architecture.
         pool: The purification's training images.
-        settings: The purification's settings; loss weights are replaced, ``run.out`` names the folder.
+        settings: The purification's settings; loss weights are replaced, ``run.out`` names the
+            folder.
         report: Told of every step.
         stop: Polled every step.
     """
     loss = settings.loss.model_copy(
         update={"clone": 0.0, "attention_weight": 0.0, "contrastive": 1.0}
     )
-    settings = settings.model_copy(update={"loss": loss})
+    # Contrastive learning needs harder crops than distillation: the floor gets its own best ones.
+    data = settings.data.model_copy(update={"crop_scale": CROP_SCALE})
+    settings = settings.model_copy(update={"loss": loss, "data": data})
     encoder, trained = train_contrastive(
         spec, pool, settings=settings, report=report, stop=stop, phase="student_only"
     )

@@ -1,7 +1,7 @@
 """The augmented views as batched tensor code: random resized crop, flip, color jitter, gray.
 
-Distributions are torchvision's (RandomResizedCrop with antialiased bilinear resizing, ColorJitter with a
-random order per image); the random numbers come from ``counter.py``.
+Distributions are torchvision's (RandomResizedCrop with antialiased bilinear resizing, ColorJitter
+with a random order per image); the random numbers come from ``counter.py``.
 """
 
 import math
@@ -92,8 +92,9 @@ def _central_box(side: int, settings: DataSettings) -> Tensor:
 
 
 def _resized_crops(images: Tensor, box: Tensor, size: int, flip: Tensor) -> Tensor:
-    # Bilinear resizing is linear and separable: two batched matrix products with the triangle filter's
-    # weights, cut at the crop's edge. Flipping reverses the rows of the horizontal weights.
+    # Bilinear resizing is linear and separable: two batched matrix products with the triangle
+    # filter's weights, cut at the crop's edge. Flipping reverses the rows of the horizontal
+    # weights.
     top, left, height, width = box.unbind(1)
     rows = _filter_weights(top, height, images.shape[-2], size)
     columns = _filter_weights(left, width, images.shape[-1], size)

@@ -1,4 +1,4 @@
-"""Color jitter on batches: each image with its own factors and its own order of the four changes."""
+"""Color jitter on batches: each image has its own factors and its own order of changes."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,8 @@ def jitter(
 
     Args:
         images: In [0, 1].
-        strength: Largest change of brightness, contrast, saturation (factors 1 - s .. 1 + s) and hue
+        strength: Largest change of brightness, contrast, saturation (factors 1 - s .. 1 + s) and
+            hue
             (turns, -s .. s).
         chosen: Which images are changed.
         numbers: Uniform in [0, 1), one per change.
@@ -55,8 +56,8 @@ def _brightness(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, amount: Tensor) -> Tensor:
-    # Rows first: the mean of a single image in one go would be split among threads, and its last bits
-    # would depend on how many images of the batch happen to be here.
+    # Rows first: the mean of a single image in one go would be split among threads, and its last
+    # bits would depend on how many images of the batch happen to be here.
     mean = to_gray(images).mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
     return torch.lerp(mean, images, 1 + amount).clamp(0, 1)
 

@@ -1,8 +1,8 @@
 """Random numbers that are a pure function of a key: no state to save, no order to keep.
 
-An image's augmentation depends on (seed, epoch, item id, stream) alone, so it is the same for any world
-size, worker count, batch position or restart. The mixer is splitmix64's finalizer (Steele, Lea and Flood,
-OOPSLA 2014, https://doi.org/10.1145/2660193.2660195) in wrapping int64 arithmetic.
+An image's augmentation depends on (seed, epoch, item id, stream) alone, so it is the same for any
+world size, worker count, batch position or restart. The mixer is splitmix64's finalizer (Steele,
+Lea and Flood, OOPSLA 2014, https://doi.org/10.1145/2660193.2660195) in wrapping int64 arithmetic.
 """
 
 import torch

@@ -27,8 +27,8 @@ _DOWNLOAD_SECONDS = 300.0
 _APT_SECONDS = 300.0
 
 # Own state and cache. No hooks: after an update, some clean the system's cache or refresh its
-# desktop catalog. No switch to the _apt user, who may not enter a home folder. Signatures are checked as
-# ever.
+# desktop catalog. No switch to the _apt user, who may not enter a home folder. Signatures are
+# checked as ever.
 _APT_CONFIG = """\
 #clear APT::Update::Pre-Invoke;
 #clear APT::Update::Post-Invoke;

@@ -1,4 +1,4 @@
-"""Student-only perturbation: a random rectangle of foreign content is pasted into the student's view.
+"""Student-only perturbation: rectangles of foreign content pasted into the student's view.
 
 The teacher sees the view as it was. What the student learns to imitate then cannot hang on a local
 pattern, such as a trigger patch, which a plain clone loss would teach it from clean images alone.
@@ -81,7 +81,10 @@ def _contents(
     """What fills the rectangles, at full image size ``[B, C, H, W]``."""
     B, C, H, W = views.shape
     kind = (u[:, 5] * len(settings.kinds)).long()
-    content = u[:, 6 : 6 + C, None, None].expand_as(views).clone()
+    # Arcsine-distributed: colors near black and white, which triggers tend to have, are the
+    # likeliest.
+    color = (1 - torch.cos(math.pi * u[:, 6 : 6 + C])) / 2
+    content = color[:, :, None, None].expand_as(views).clone()
     for number, name in enumerate(settings.kinds):
         rows = (kind == number).nonzero()[:, 0]
         if name == "noise":

@@ -1,7 +1,7 @@
 """From decoded images to batches: which items, in which order, seen how.
 
-Everything is a function of (seed, epoch, step): there is no state to save, a resumed run gets the identical
-next batch, and any number of processes sees the same global batch.
+Everything is a function of (seed, epoch, step): there is no state to save, a resumed run gets the
+identical next batch, and any number of processes sees the same global batch.
 """
 
 from dataclasses import dataclass

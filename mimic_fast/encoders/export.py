@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.ingest import METADATA_KEY
 from mimic_fast.errors import UsageError
 from mimic_fast.files import machine_errors, write_atomic
 from mimic_fast.version import VERSION
+
+STORED = {"fp32": torch.float32, "fp16": torch.float16}  # number types by their setting
 
 
 def export_encoder(
@@ -20,11 +25,12 @@ def export_encoder(
     name: str = "encoder",
     key_map: Mapping[str, str] | None,
     card: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes ``NAME.safetensors`` and ``NAME.json``; each is whole or absent.
 
-    Weights keep their number type, so ``load_encoder`` gives them back exactly. The specification
-    also stands in the safetensors metadata: the file alone is enough.
+    Without ``dtype`` weights keep their number type, so ``load_encoder`` gives them back exactly.
+    The specification also stands in the safetensors metadata: the file alone is enough.
 
     Args:
         encoder: What to write; its normalisation goes into the card.
@@ -33,6 +39,7 @@ def export_encoder(
         key_map: Backbone key to the key to write, as in ``LoadedEncoder``; None keeps the library's
             keys. Counters that the teacher's file lacked (``num_batches_tracked``) are left out.
         card: Provenance, JSON values only; ``spec``, ``sha256`` and ``version`` are added.
+        dtype: Number type of the written weights; None keeps the encoder's.
 
     Returns:
         Path of the safetensors file.
@@ -51,12 +58,7 @@ def export_encoder(
             f"key_map must name every weight of {encoder.spec.architecture} once; it does not fit "
             f"at {(missing or list(names))[0]!r}"
         )
-    # Cloned: safetensors takes row-major CPU tensors that share no memory.
-    tensors = {
-        names[key]: tensor.detach().cpu().contiguous().clone()
-        for key, tensor in state.items()
-        if key in names
-    }
+    tensors = {names[key]: _stored(tensor, dtype) for key, tensor in state.items() if key in names}
     spec = encoder.spec.model_dump(mode="json")
     inside = _json({"spec": spec, "version": VERSION}, indent=None)
     path = directory / f"{name}.safetensors"
@@ -71,6 +73,12 @@ def export_encoder(
     write_atomic(path, data)
     write_atomic(card_path, (text + "\n").encode())
     return path
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # Cloned: safetensors takes row-major CPU tensors that share no memory.
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", wanted, copy=True).contiguous()
 
 
 def _json(value: Mapping[str, Any], *, indent: int | None) -> str:

@@ -37,16 +37,17 @@ def inspect_checkpoint(path: Path, settings: EncoderSettings = _RECOGNISE) -> di
         "bytes": path.stat().st_size,
         "card": checkpoint.card,
         "dtypes": dict(Counter(_dtype(tensor.dtype) for tensor in checkpoint.tensors.values())),
-        "tensors": [
-            {"key": key, "shape": list(tensor.shape), "dtype": _dtype(tensor.dtype)}
-            for key, tensor in checkpoint.tensors.items()
-        ],
     }
     try:
         loaded = fill_encoder(checkpoint, settings)
-        return facts | _encoder_facts(loaded) | {"taps": _tap_facts(loaded, settings.taps)}
+        facts |= _encoder_facts(loaded) | {"taps": _tap_facts(loaded, settings.taps)}
     except UsageError as error:
-        return facts | {"problem": str(error)}
+        facts["problem"] = str(error)
+    facts["tensors"] = [
+        {"key": key, "shape": list(tensor.shape), "dtype": _dtype(tensor.dtype)}
+        for key, tensor in checkpoint.tensors.items()
+    ]
+    return facts
 
 
 def _encoder_facts(loaded: LoadedEncoder) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def evaluate_encoders(
 
     Returns:
         ``encoders``, ``comparisons`` (paired differences, purified minus each of the others),
-        ``attack``, ``datasets`` and ``examples`` (a few test images and what each encoder's probe says) of
-        report.json. What was not measured is absent.
+        ``attack``, ``datasets`` and ``examples`` (a few test images and what each encoder's probe
+        says) of report.json. What was not measured is absent.
 
     Raises:
         UsageError: If a source has no labels, no teacher is there to work out the target with, or

@@ -4,7 +4,7 @@ The images are cut into fixed chunks, whole chunks go to processes, and the floa
 gathered in the order of the images: every forward pass has the shape it has in a single process.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from mimic_fast.data.augment import plain_view
 from mimic_fast.distributed import Processes, all_gather_rows, any_process, broadcast_json
 from mimic_fast.encoders.taps import TappedEncoder, undisturbed
-from mimic_fast.errors import StoppedError
+from mimic_fast.errors import SelfTestError, StoppedError
 from mimic_fast.mutual_information.finished_parts import FinishedParts
 from mimic_fast.progress import Event, Reporter
 
@@ -80,10 +80,8 @@ def pooled_activations(
             index = own[turn]
             part = images[index * chunk : (index + 1) * chunk]
             done.append(_chunk_activations(tapped, part, f"pooled_{index:06d}", pool, step))
-        share = len(images) * (turn + 1) * world // chunks
-        step.report(
-            Event(phase="locate", done=min(len(images), share), total=len(images), unit="images")
-        )
+        shown = min(len(images), (turn + 1) * world * chunk)
+        step.report(Event(phase="locate", done=shown, total=len(images), unit="images"))
     widths = broadcast_json(
         [tensor.shape[1] for tensor in done[0]] if done else None, step.processes
     )
@@ -103,15 +101,33 @@ def flattened_maps(
     """Features and the whole flattened map of one tap: channels times positions values an image.
 
     All of it is held in memory: 2,000 maps of 64x32x32 are 0.5 GB.
+
+    Raises:
+        SelfTestError: If a tap or the features are not finite.
     """
     features, maps = [], []
     with undisturbed(tapped), torch.no_grad():
         for view in _views(tapped, images, chunk):
             poll()
             vectors, outputs = tapped(view)
+            check_finite((*outputs, vectors), (*tapped.taps, "features"))
             features.append(vectors.float().cpu())
             maps.append(outputs[tap].flatten(1).float().cpu())
     return torch.cat(features), torch.cat(maps)
+
+
+def check_finite(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Names the first layer with a value that is not finite.
+
+    Raises:
+        SelfTestError: If there is one.
+    """
+    for name, values in zip(names, tensors, strict=True):
+        if not bool(values.isfinite().all()):
+            raise SelfTestError(
+                f"activations of '{name}' must be finite, got NaN or infinity; check the encoder's "
+                "weights or leave the layer out of encoder.taps"
+            )
 
 
 def _chunk_activations(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimic_fast.config import MutualInformationSettings
 from mimic_fast.distributed import SINGLE, Processes, broadcast_json
-from mimic_fast.errors import SelfTestError
+from mimic_fast.mutual_information.activations import check_finite
 from mimic_fast.mutual_information.canonical import (
     Fold,
     Projection,
@@ -78,7 +78,7 @@ def estimate_histogram(
         SelfTestError: If a layer or the features are not finite, or there are too few images for
             the bins.
     """
-    _check_finite((*layers, features), (*names, "features"))
+    check_finite((*layers, features), (*names, "features"))
     bins = choose_bins(settings.bins, len(features) // 2, force=settings.force)
     folds = cross_fit_folds(len(features), seed=seed)
     whitenings = _whitenings(features, folds, settings, processes)
@@ -93,15 +93,6 @@ def estimate_histogram(
         report(Event(phase="estimate", done=index + 1, total=len(layers), unit="layers"))
     shared = broadcast_json([asdict(estimate) for estimate in estimates], processes)
     return [LayerEstimate(**estimate) for estimate in shared]
-
-
-def _check_finite(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
-    for name, rows in zip(names, tensors, strict=True):
-        if not bool(rows.isfinite().all()):
-            raise SelfTestError(
-                f"activations of '{name}' must be finite, got NaN or infinity; check the encoder's "
-                "weights or leave the layer out of encoder.taps"
-            )
 
 
 def _whitenings(

@@ -39,13 +39,14 @@ def mutual_information_figure(result: MutualInformation) -> "Figure":
         ends = ([p - 0.42 for p, _ in known], [p + 0.42 for p, _ in known])
         heights = [floor for _, floor in known]
         axes.hlines(heights, *ends, colors=_FLOOR, label="reached by shuffled pairings", zorder=4)
-        axes.legend(frameon=False, loc="upper left")
+        axes.legend(frameon=False, loc="best")
     names = [layer.tap + "*" * layer.determines_features for layer in layers]
     axes.set_xticks(places, names, rotation=0 if len(layers) <= 5 else 45, ha="center")
     axes.set_ylabel("mutual information, nats")
     starred = any(layer.determines_features for layer in layers)
-    note = "; * determines the features, limited by the bins" if starred else ""
-    axes.set_title(f"{result.source}, {result.estimator}, {result.images} images{note}", size=9)
+    if starred:
+        axes.set_xlabel("* determines the features: limited by the bins", size=9)
+    axes.set_title(f"{result.source}, {result.estimator}, {result.images} images", size=9)
     axes.grid(axis="y", alpha=0.3, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

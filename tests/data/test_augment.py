@@ -13,10 +13,10 @@ from mimic_fast.data.color import jitter, to_gray
 from mimic_fast.data.counter import uniforms
 
 TRIES = 10  # of torchvision's RandomResizedCrop
-STILL = {"flip": 0.0, "jitter_probability": 0.0, "grayscale": 0.0}
-WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+STILL: dict[str, Any] = {"flip": 0.0, "jitter_probability": 0.0, "grayscale": 0.0}
+WHOLE: dict[str, Any] = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 # Measured: 4e-7. float32 weights of two separable products against torch's fused filter.
-CLOSE = {"rtol": 0.0, "atol": 3e-6}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 3e-6}
 
 
 def images(count: int, *, channels: int = 3, side: int = 32, seed: int = 0) -> Tensor:

@@ -20,6 +20,10 @@ def donors(count: int = 50, *, channels: int = 3, side: int = 32) -> Tensor:
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
+def one_rectangle(probability: float = 1.0, **changes: Any) -> HardenSettings:
+    return HardenSettings(probability=probability, **({"rectangles": 1} | changes))
+
+
 def pasted(views: Tensor, settings: HardenSettings, **changes: Any) -> Tensor:
     key: dict[str, Any] = {"seed": 0, "epoch": 0} | changes
     ids = key.pop("ids", torch.arange(len(views)))
@@ -43,7 +47,7 @@ def test_input_is_left_as_it_was():
     views = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     kept, pool = views.clone(), donors()
 
-    result = pasted(views, HardenSettings(probability=0.9), pool=pool)
+    result = pasted(views, one_rectangle(0.9), pool=pool)
 
     assert torch.equal(views, kept)
     assert torch.equal(pool, donors())
@@ -54,13 +58,13 @@ def test_input_is_left_as_it_was():
 def test_probability_zero_changes_nothing():
     views = canvas(8)
 
-    assert torch.equal(pasted(views, HardenSettings(probability=0.0)), views)
+    assert torch.equal(pasted(views, one_rectangle(0.0)), views)
 
 
 @pytest.mark.parametrize("rectangles", [1, 3])
 @pytest.mark.parametrize("probability", [0.1, 0.75, 1.0])
 def test_the_stated_share_of_images_is_changed(probability, rectangles):
-    settings = HardenSettings(probability=probability, rectangles=rectangles)
+    settings = one_rectangle(probability, rectangles=rectangles)
 
     changed = masks(pasted(canvas(4000, side=8), settings)).flatten(1).any(1)
 
@@ -69,7 +73,7 @@ def test_the_stated_share_of_images_is_changed(probability, rectangles):
 
 
 def test_a_changed_image_is_changed_in_one_rectangle():
-    mask = masks(pasted(canvas(500), HardenSettings(probability=1.0)))
+    mask = masks(pasted(canvas(500), one_rectangle()))
 
     height, width = sides(mask)
 
@@ -77,7 +81,7 @@ def test_a_changed_image_is_changed_in_one_rectangle():
 
 
 def test_more_rectangles_cover_more_of_every_image():
-    one = HardenSettings(probability=1.0, area=(0.05, 0.06))
+    one = one_rectangle(area=(0.05, 0.06))
     three = one.model_copy(update={"rectangles": 3})
 
     alone, together = masks(pasted(canvas(300), one)), masks(pasted(canvas(300), three))
@@ -89,7 +93,7 @@ def test_more_rectangles_cover_more_of_every_image():
 @pytest.mark.parametrize("area", [(0.02, 0.25), (0.1, 0.1), (0.5, 0.9), (0.97, 0.99)], ids=str)
 @pytest.mark.parametrize("side", [28, 32, 64])
 def test_rectangles_keep_to_the_range_of_areas(area, side):
-    settings = HardenSettings(probability=1.0, area=area, kinds=("constant",))
+    settings = one_rectangle(area=area, kinds=("constant",))
 
     height, width = sides(masks(pasted(canvas(2000, channels=1, side=side), settings)))
 
@@ -101,7 +105,7 @@ def test_rectangles_keep_to_the_range_of_areas(area, side):
 
 
 def test_areas_and_shapes_are_log_uniform():
-    settings = HardenSettings(probability=1.0, area=(0.02, 0.25), kinds=("constant",))
+    settings = one_rectangle(area=(0.02, 0.25), kinds=("constant",))
 
     height, width = sides(masks(pasted(canvas(4000, channels=1, side=64), settings)))
 
@@ -114,7 +118,7 @@ def test_areas_and_shapes_are_log_uniform():
 
 
 def test_rectangles_lie_anywhere():
-    settings = HardenSettings(probability=1.0, area=(0.05, 0.06), kinds=("constant",))
+    settings = one_rectangle(area=(0.05, 0.06), kinds=("constant",))
 
     covered = masks(pasted(canvas(6000, channels=1), settings)).double().mean(0)
 
@@ -126,7 +130,7 @@ def test_rectangles_lie_anywhere():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_constant_rectangles_have_one_color_each_of_all_colors(channels):
-    settings = HardenSettings(probability=1.0, kinds=("constant",))
+    settings = one_rectangle(kinds=("constant",))
 
     result = pasted(canvas(400, channels=channels), settings)
 
@@ -135,13 +139,17 @@ def test_constant_rectangles_have_one_color_each_of_all_colors(channels):
     expected = torch.where(inside[:, None], colors[:, :, None, None], CANVAS)
     assert torch.equal(result, expected)
     assert len(colors.unique(dim=0)) == 400
-    assert abs(colors.mean().item() - 0.5) < 4 * math.sqrt(1 / 12 / 400)
+    # Arcsine-distributed: a share of 2 asin(sqrt(0.1)) / pi lies within 0.1 of black, as of white.
+    share = 2 / math.pi * math.asin(math.sqrt(0.1))
+    for near in (colors < 0.1, colors > 0.9):
+        spread = 4 * math.sqrt(share * (1 - share) / colors.numel())
+        assert abs(near.double().mean().item() - share) < spread
     if channels == 3:
         assert torch.corrcoef(colors.T).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_noise_rectangles_are_uniform_and_fresh_in_every_pixel():
-    settings = HardenSettings(probability=1.0, area=(0.2, 0.25), kinds=("noise",))
+    settings = one_rectangle(area=(0.2, 0.25), kinds=("noise",))
 
     result = pasted(canvas(100), settings)
 
@@ -154,7 +162,7 @@ def test_noise_rectangles_are_uniform_and_fresh_in_every_pixel():
 @pytest.mark.parametrize("margin", [0, 5])
 def test_image_rectangles_show_the_same_place_of_some_training_image(margin):
     pool = donors(20, side=32 + margin)
-    settings = HardenSettings(probability=1.0, area=(0.1, 0.2), kinds=("image",))
+    settings = one_rectangle(area=(0.1, 0.2), kinds=("image",))
 
     result = pasted(canvas(200), settings, pool=pool)
 
@@ -170,7 +178,7 @@ def test_image_rectangles_show_the_same_place_of_some_training_image(margin):
 
 def test_kinds_are_drawn_alike_often():
     pool = torch.full((2, 1, 16, 16), 255, dtype=torch.uint8)
-    settings = HardenSettings(probability=1.0, area=(0.1, 0.2))
+    settings = one_rectangle(area=(0.1, 0.2))
 
     result = pasted(canvas(3000, channels=1, side=16), settings, pool=pool)
 
@@ -184,7 +192,7 @@ def test_kinds_are_drawn_alike_often():
 @pytest.mark.parametrize("kinds", [("image", "constant"), ("noise",)], ids="-".join)
 def test_only_the_named_kinds_are_pasted(kinds):
     pool = torch.full((2, 1, 16, 16), 255, dtype=torch.uint8)
-    settings = HardenSettings(probability=1.0, area=(0.1, 0.2), kinds=kinds)
+    settings = one_rectangle(area=(0.1, 0.2), kinds=kinds)
 
     result = pasted(canvas(300, channels=1, side=16), settings, pool=pool)
 
@@ -197,7 +205,7 @@ def test_only_the_named_kinds_are_pasted(kinds):
 @pytest.mark.parametrize("batch", [1, 3, 24])
 def test_an_image_is_perturbed_alike_in_any_batch(batch):
     views = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    settings = HardenSettings(probability=0.7, rectangles=2)
+    settings = one_rectangle(0.7, rectangles=2)
     pool = donors(side=16)
     expected = pasted(views, settings, pool=pool)
 
@@ -207,7 +215,7 @@ def test_an_image_is_perturbed_alike_in_any_batch(batch):
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"epoch": 1}], ids=["seed", "epoch"])
 def test_seeds_and_epochs_perturb_differently(changes):
-    settings = HardenSettings(probability=1.0)
+    settings = one_rectangle()
 
     first, other = pasted(canvas(32), settings), pasted(canvas(32), settings, **changes)
 

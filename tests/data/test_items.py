@@ -191,5 +191,5 @@ def test_is_image_name_by_suffix_and_not_hidden(name, expected):
 
 
 def test_printable_keeps_unicode_and_escapes_the_rest():
-    assert printable("käse/ü.png") == "käse/ü.png"
+    assert printable("k\u00e4se/\u00fc.png") == "k\u00e4se/\u00fc.png"
     assert printable(b"a\xff.png".decode(errors="surrogateescape")) == "a\\xff.png"

@@ -50,9 +50,7 @@ def test_every_item_comes_to_every_place():
         assert (counts - 500).abs().max() < 4 * (4000 * 7 / 64) ** 0.5
 
 
-@given(
-    images=IMAGES, share=st.integers(1, 20), world=st.sampled_from([1, 2, 4]), seed=SEEDS
-)
+@given(images=IMAGES, share=st.integers(1, 20), world=st.sampled_from([1, 2, 4]), seed=SEEDS)
 def test_shares_of_all_processes_make_the_batch_of_one(images, share, world, seed):
     batch_size = 4 * share  # the same global batch for 1, 2 and 4
     assume(images >= batch_size)

@@ -118,3 +118,15 @@ def test_directory_that_cannot_be_written_is_the_machines_fault(tmp_path, traine
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="cannot write"):
         export_encoder(trained(resnet_spec), tmp_path / "file" / "run", key_map=None, card={})
+
+
+def test_chosen_number_type_is_written_for_weights_alone(tmp_path, trained, resnet_spec):
+    encoder = trained(resnet_spec)
+
+    path = export_encoder(encoder, tmp_path, key_map=None, card={}, dtype=torch.float16)
+
+    for key, tensor in load_file(path).items():
+        own = encoder.backbone.state_dict()[key]
+        assert tensor.dtype == (torch.float16 if own.is_floating_point() else torch.int64)
+        assert torch.equal(tensor, own.to(tensor.dtype))
+    assert all(tensor.dtype == torch.float32 for tensor in encoder.parameters())

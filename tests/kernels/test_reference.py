@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from mimic_fast.kernels.reference import (
 )
 
 EPSILON = 1e-6
-EXACT = {"rtol": 1e-6, "atol": 1e-6}  # the project's bar for loss functions, in float64
+EXACT: dict[str, Any] = {
+    "rtol": 1e-6,
+    "atol": 1e-6,
+}  # the project's bar for loss functions, in float64
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -43,10 +47,7 @@ def map_by_hand(image: list, power: float) -> list[float]:
 
 def attention_by_hand(student: Tensor, teacher: Tensor, power: float) -> float:
     distances = [
-        sum(
-            (a - b) ** 2
-            for a, b in zip(map_by_hand(s, power), map_by_hand(t, power), strict=True)
-        )
+        sum((a - b) ** 2 for a, b in zip(map_by_hand(s, power), map_by_hand(t, power), strict=True))
         for s, t in zip(student.tolist(), teacher.tolist(), strict=True)
     ]
     return sum(distances) / len(distances)

@@ -1,12 +1,14 @@
 """Command lines in real processes of their own, and what they work on."""
 
+import contextlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ SERVER = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
+import accelerate, jinja2, matplotlib.figure, timm
 import mimic_fast.distil, mimic_fast.evidence, mimic_fast.pretraining, mimic_fast.attacks.badencoder
 for line in sys.stdin:
     out, err, directory, arguments = json.loads(line)
@@ -74,7 +77,17 @@ class Running:
     files: tuple[Path, Path] = field(repr=False)
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait_for(self, ready: Callable[[], bool], *, seconds: float = 60) -> None:
+        """Returns once ``ready``; ends the process and fails if that does not come in time."""
+        end = time.monotonic() + seconds
+        while not ready():
+            if time.monotonic() > end:
+                self.signal(signal.SIGKILL)
+                pytest.fail(f"not ready in {seconds} s: {self.wait()}")
+            time.sleep(0.01)
 
     def wait(self) -> Done:
         assert self.server.stdout is not None
@@ -134,7 +147,7 @@ HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 SPECS = {
     "resnet": EncoderSpec(
         architecture="timm:resnet18",
-        arguments={"layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]},
+        arguments={"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]},
         stem="small_stride2",
         image_size=16,
         **HALF,

@@ -11,25 +11,28 @@ from mimic_fast.config import EncoderSpec
 from mimic_fast.encoders.build import build_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
 
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 SPECS = {
     "resnet": EncoderSpec(
         architecture="timm:resnet18",
         arguments={"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]},
         stem="small_stride2",
         image_size=32,
-        **HALF,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
     ),
     "vit": EncoderSpec(
         architecture="timm:vit_tiny_patch16_224",
         arguments={"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2},
         image_size=32,
-        **HALF,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
     ),
 }
 
 
-def gaussian_pair(images: int, *, dims: int, correlation: float, seed: int) -> tuple[Tensor, Tensor]:
+def gaussian_pair(
+    images: int, *, dims: int, correlation: float, seed: int
+) -> tuple[Tensor, Tensor]:
     """Jointly Gaussian vectors, each under a random linear map; dims * g(r) nats in common."""
     generator = torch.Generator().manual_seed(seed)
     x, noise = torch.randn(2, images, dims, generator=generator, dtype=torch.float64)

@@ -20,11 +20,21 @@ from mimic_fast.mutual_information.histogram import (
 
 @pytest.mark.parametrize(
     ("images", "bins"),
-    [(36, 4), (195, 4), (196, 8), (483, 8), (484, 12), (899, 12), (900, 16), (1000, 16)]
-    + [(2115, 16), (2116, 24), (3843, 24), (3844, 32), (10**6, 32)],
+    [
+        (36, 4),
+        (195, 4),
+        (196, 8),
+        (483, 8),
+        (484, 12),
+        (899, 12),
+        (900, 16),
+        (2115, 16),
+        (2116, 24),
+    ],
 )
 def test_auto_takes_the_largest_bins_within_an_eighth_of_a_nat(images, bins):
     assert choose_bins("auto", images, force=False) == bins
+    assert [choose_bins("auto", n, force=False) for n in (3843, 3844, 10**6)] == [24, 32, 32]
 
 
 def test_too_few_images_for_any_bins_are_refused():

@@ -34,5 +34,5 @@ def test_a_total_is_clamped_here_and_kept_as_it_came():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_names_its_layer(value):
-    with pytest.raises(SelfTestError, match="layer 'layer3' is (nan|inf)"):
+    with pytest.raises(SelfTestError, match=r"layer 'layer3' is (nan|inf)"):
         weighted_layers([estimate("layer1", 1.0), estimate("layer3", value)], base=1.0, gain=1.0)

@@ -9,9 +9,9 @@ import pytest
 
 from mimic_fast.report.plots import (
     by_role,
+    information_figure,
     loss_chart,
     mutual_information_chart,
-    information_figure,
     outcome_chart,
     role_title,
 )
