@@ -20,6 +20,7 @@ from mimic_fast.launch.commands.inspect import inspect
 from mimic_fast.launch.commands.locate import locate
 from mimic_fast.launch.commands.pretrain import pretrain
 from mimic_fast.launch.commands.purify import purify
+from mimic_fast.launch.tables import printable
 from mimic_fast.version import VERSION
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: nothing was saved, unlike exit 6
@@ -90,7 +91,7 @@ def run(arguments: list[str]) -> int:
 def _failed(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
-    typer.echo(f"error{where}: {' '.join(message.split())}", err=True)
+    typer.echo(f"error{where}: {printable(' '.join(message.split()))}", err=True)
     return code
 
 
@@ -111,4 +112,4 @@ def _one_line(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    return f"warning: {message}\n"
+    return f"warning: {printable(str(message))}\n"

@@ -13,13 +13,14 @@ from typing import IO, TYPE_CHECKING
 import typer
 
 from mimic_fast.launch.arguments import is_main_process
+from mimic_fast.launch.tables import printable
 from mimic_fast.progress import Event, Reporter, silent
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 SHOW_AFTER = 2.0  # seconds
-_SHOWN_METRICS = 4
+_BESIDE_METRICS = 66  # columns that the rest of a line takes
 
 
 @contextmanager
@@ -36,7 +37,11 @@ def progress_bars(
     if stream is None or not is_main_process():
         yield silent
     elif not stream.isatty():
-        yield lambda event: typer.echo(event.message, file=stream) if event.message else None
+        yield (
+            lambda event: (
+                typer.echo(printable(event.message), file=stream) if event.message else None
+            )
+        )
     else:
         with _columns(stream) as progress:
             yield _drawn_on(progress, after)
@@ -54,7 +59,7 @@ def _columns(stream: IO[str]) -> "Progress":
 
     return Progress(
         TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
@@ -70,7 +75,7 @@ def _drawn_on(progress: "Progress", after: float) -> Reporter:
 
     def report(event: Event) -> None:
         if event.message:
-            progress.console.print(event.message, markup=False, highlight=False)
+            progress.console.print(printable(event.message), markup=False, highlight=False)
         if not event.total:
             return
         now = time.monotonic()
@@ -89,7 +94,7 @@ def _drawn_on(progress: "Progress", after: float) -> Reporter:
             total=event.total,
             visible=now - start >= after,
             rate=_rate(event, event.done - first, now - start),
-            metrics=_metrics(event),
+            metrics=_metrics(event, room=progress.console.width - _BESIDE_METRICS),
         )
 
     return report
@@ -103,6 +108,11 @@ def _rate(event: Event, units: int, seconds: float) -> str:
     return f"{units / seconds:.1f} {event.unit}/s" if seconds > 0 else ""
 
 
-def _metrics(event: Event) -> str:
-    shown = [(name, value) for name, value in event.metrics.items() if name != "images_per_second"]
-    return " ".join(f"{name} {value:.3g}" for name, value in shown[:_SHOWN_METRICS])
+def _metrics(event: Event, *, room: int) -> str:
+    """As many metrics as fit."""
+    text = ""
+    for name, value in event.metrics.items():
+        longer = f"{text} {name} {value:.3g}".lstrip()
+        if name != "images_per_second" and len(longer) <= room:
+            text = longer
+    return text

@@ -1,5 +1,6 @@
-"""Results on the terminal: the before/after table, the layers of step A."""
+"""Results on the terminal: the before/after table, the layers of step A, a checkpoint."""
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         for entry in report["encoders"][role].get("downstream", ())
     ]
     if rows:
-        table = _table("", "encoder", "set", "probe", "clean accuracy", "ASR", "robust accuracy")
+        attacked = any(entry.get("attacks") for _, entry in rows)
+        columns = ("clean accuracy", "ASR", "robust accuracy") if attacked else ("clean accuracy",)
+        table = _table("", "encoder", "set", "probe", *columns)
         for role, entry in rows:
             attack: Mapping[str, Any] = next(iter(entry.get("attacks", ())), {})
             measures = (
@@ -27,7 +30,8 @@ def print_report(report: Mapping[str, Any]) -> None:
                 attack.get("attack_success_rate"),
                 attack.get("robust_accuracy"),
             )
-            table.add_row(role, entry["dataset"], entry["probe"], *map(_percent, measures))
+            cells = [_percent(measure) for measure in measures[: len(columns)]]
+            _add_row(table, role, entry["dataset"], entry["probe"], *cells)
         _print(table)
     if "agreement" in report:
         named = (f"{name} {_interval(m)}" for name, m in report["agreement"].items())
@@ -49,7 +53,8 @@ def print_information(information: Mapping[str, Any]) -> None:
     )
     for layer in information["layers"]:
         floor = layer.get("noise_floor")
-        table.add_row(
+        _add_row(
+            table,
             layer["tap"],
             f"{layer['value']:.3f}{' *' if layer['determines_features'] else ''}",
             f"{layer['low']:.3f} .. {layer['high']:.3f}",
@@ -62,6 +67,42 @@ def print_information(information: Mapping[str, Any]) -> None:
     _print(table)
 
 
+def print_checkpoint(facts: Mapping[str, Any]) -> None:
+    """What a checkpoint holds: facts, taps, tensors."""
+    from rich.table import Table
+
+    plain = Table(box=None, show_header=False)
+    plain.add_column(style="bold", no_wrap=True)
+    plain.add_column(overflow="fold")
+    for name, value in facts.items():
+        if name not in ("taps", "tensors"):
+            _add_row(plain, name.replace("_", " "), _one_line(value))
+    _print(plain)
+    if "taps" in facts:
+        taps = _table("", "tap", "channels", "grid", "attention")
+        for tap in facts["taps"]:
+            grid = " x ".join(map(str, tap["grid"]))
+            mark = "yes" if tap["attention"] else "no: one position"
+            _add_row(taps, tap["tap"], str(tap["channels"]), grid, mark)
+        _print(taps)
+    tensors = _table("", "tensor", "shape", "type")
+    for tensor in facts["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"])) or "scalar"
+        _add_row(tensors, tensor["key"], shape, tensor["dtype"])
+    _print(tensors)
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names in files may try to steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _one_line(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _table(title: str, *columns: str) -> "Table":
     from rich.table import Table
 
@@ -69,6 +110,12 @@ def _table(title: str, *columns: str) -> "Table":
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right")
     return table
+
+
+def _add_row(table: "Table", *cells: str) -> None:
+    from rich.text import Text  # plain text: square brackets in a name are no markup
+
+    table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def _print(table: "Table") -> None:

@@ -93,4 +93,4 @@ def _synchronize(layer: nn.Module, processes: Processes) -> None:
             f"cannot synchronize a {type(layer).__name__} on CPU; run one process or use a GPU"
         )
     layer.__class__ = kinds[type(layer)]
-    layer.processes = processes  # pyright: ignore[reportAttributeAccessIssue]
+    layer.processes = processes  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]

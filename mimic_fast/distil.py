@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mimic_fast.batchnorm import synchronize_batchnorm
-from mimic_fast.config import RunSettings, Settings
+from mimic_fast.config import EvaluationSettings, RunSettings, Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.clean_set import (
     CleanSet,
@@ -36,14 +36,20 @@ from mimic_fast.encoders.taps import (
 )
 from mimic_fast.errors import UsageError
 from mimic_fast.files import machine_errors, write_atomic
-from mimic_fast.mutual_information.locate import MutualInformation, locate_layers
+from mimic_fast.mutual_information.locate import (
+    MutualInformation,
+    locate_layers,
+    write_mutual_information,
+)
 from mimic_fast.progress import Event, Reporter, silent
-from mimic_fast.recipe import settings_json
+from mimic_fast.recipe import settings_json, settings_record
 from mimic_fast.step import Student
 from mimic_fast.training import Task, Trained, train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_NO_EVALUATION = EvaluationSettings()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +122,8 @@ def purify(
         report=report,
         stop=stop,
     )
+    if processes.is_main:
+        write_mutual_information(information, out)
     trained = _distil(setup, information, settings, accelerator, processes, report, stop)
     purified = setup.student_taps.encoder.to(device="cpu", dtype=torch.float32).eval()
     path = out / "encoder.safetensors"
@@ -264,14 +272,14 @@ def _card(
         },
         "layer_weights": {layer.tap: layer.weight for layer in information.layers},
         "steps": trained.steps,
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings_record(settings),
     }
 
 
 def _identity(settings: Settings) -> str:
     """The settings that decide the weights; where they are written does not."""
-    keep = {"max_steps": settings.run.max_steps}
-    return settings_json(settings.model_copy(update={"run": RunSettings(**keep)}))
+    run = RunSettings(max_steps=settings.run.max_steps)
+    return settings_json(settings.model_copy(update={"run": run, "evaluation": _NO_EVALUATION}))
 
 
 def _running(processes: Processes, settings: Settings) -> str:

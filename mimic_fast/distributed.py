@@ -53,6 +53,7 @@ def start(
     """
     from accelerate import Accelerator, DistributedType
     from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils.dataclasses import KwargsHandler
 
     cuda = torch.cuda.is_available()
     if run.device == "cuda" and not cuda:
@@ -60,7 +61,9 @@ def start(
     on_cpu = run.device == "cpu" or not cuda
     precision = "bf16" if optim.precision == "bf16" else "no"
     launched = dist.is_torchelastic_launched()
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and launched else []
+    handlers: list[KwargsHandler] = []
+    if on_cpu and launched:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
     try:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers)
     except ValueError as error:  # it holds on to the first precision and device of a Python process

@@ -17,6 +17,7 @@ from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.features import encode
 from mimic_fast.mutual_information.locate import mutual_information_json
 from mimic_fast.progress import Reporter, silent
+from mimic_fast.recipe import settings_record
 from mimic_fast.report.collect import RunFacts, build_report, write_report
 from mimic_fast.report.examples import load_examples
 
@@ -51,7 +52,7 @@ def write_evidence(
     content = build_report(
         evaluation,
         run=RunFacts(
-            settings=settings.model_dump(mode="json"),
+            settings=settings_record(settings),
             clean_set={
                 "source": result.clean_set.source,
                 "size": len(result.clean_set.items),

@@ -30,7 +30,7 @@ from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
 from mimic_fast.errors import UsageError
 from mimic_fast.progress import Event, Reporter, silent
-from mimic_fast.recipe import settings_json
+from mimic_fast.recipe import settings_json, settings_record
 from mimic_fast.step import Student
 from mimic_fast.training import Task, Trained, train
 
@@ -87,7 +87,7 @@ def pretrain(
     encoder, trained = train_contrastive(
         settings.spec, pool, settings=_as_run(settings), report=report, stop=stop, phase="pretrain"
     )
-    card = {"kind": "pretrained", "settings": settings.model_dump(mode="json")}
+    card = {"kind": "pretrained", "settings": settings_record(settings)}
     path = export_encoder(
         encoder, settings.run.out, key_map=None, card=card, dtype=STORED[settings.dtype]
     )

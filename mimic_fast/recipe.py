@@ -22,12 +22,12 @@ Model = TypeVar("Model", bound=Frozen)
 # 'official' is the authors' released demo (github.com/wssun/MIMIC, 36ef47c), 'mimic' the abstract's
 # method.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Milder crops than SimCLR's: a crop that zooms in on a bright spot triggers the teacher itself, and the
-    # student would learn that answer.
+    # Milder crops than SimCLR's: a crop that zooms in on a bright spot triggers the teacher itself,
+    # and the student would learn that answer.
     "hardened": {"data": {"crop_scale": [0.5, 1.0]}, "loss": {"harden": {"probability": 1.0}}},
     "mimic": {},
     "official": {
-        "data": {"crop_scale": [0.08, 1.0]},
+        "data": {"crop_scale": [0.08, 1.0], "hold_out": 0.0},
         "mi": {"source": "student", "estimator": "dv"},
         "loss": {"attention_form": "mean", "attention_weight": 1.0, "contrastive": 1.0},
         "optim": {
@@ -90,6 +90,11 @@ def settings_json(settings: Frozen) -> str:
     return json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
 
 
+def settings_record(settings: Frozen) -> dict[str, Any]:
+    """The settings as a card carries them to others: no run section, no folders of this machine."""
+    return _without_folders(settings.model_dump(mode="json", exclude={"run"}))
+
+
 def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
     """``model`` from nested values, with one clear line on the first mistake.
 
@@ -100,6 +105,14 @@ def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         raise UsageError(_explain(error, model)) from None
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _user_values(
@@ -139,8 +152,9 @@ def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(low)
     for key, value in high.items():
         old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(old, value) if both else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merged(old, value)
+        result[key] = value
     return result
 
 

@@ -165,16 +165,17 @@ class _Loop:
         self.layout = torch.channels_last if optim.channels_last else torch.contiguous_format
         for module in (task.student, task.teacher):
             if module is not None:
-                module.to(dtype=self.dtype, memory_format=self.layout)
+                module.to(self.dtype)
+                module.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
         task.student.train()
         self.optimizer = build_optimizer(task.student, optim)
         self.average = averaged_state(task.student) if optim.ema else None
         self.wrapped = accelerator.prepare_model(task.student)
         self.parameters = [p for p in task.student.parameters() if p.requires_grad]
-        self.pending: list[tuple[int, float, Tensor]] = []
+        self.buffers = [b for b in task.student.buffers() if b.is_floating_point()]
+        self.pending: list[tuple[int, float, Tensor, Tensor]] = []
         self.skipped = self.nonfinite_in_a_row = 0
         self.last_row: dict[str, float] = {}
-        self.last_ids: list[int] = []
 
     def step(self, step: int, ids: Tensor, *, epoch: int, stop: bool) -> None:
         """Forward, backward, check, update; nothing here waits for the device."""
@@ -201,7 +202,6 @@ class _Loop:
             v2=None if batch.v2 is None else self._placed(batch.v2),
             ids=ids,
         )
-        self.last_ids = ids.tolist()
         rate = learning_rate(
             step,
             total_steps=self.total_steps,
@@ -209,6 +209,7 @@ class _Loop:
             settings=settings.optim,
         )
         set_learning_rate(self.optimizer, rate)
+        before = [buffer.clone() for buffer in self.buffers]
         with self.accelerator.autocast() if settings.optim.precision == "bf16" else nullcontext():
             losses = step_losses(
                 self.wrapped,
@@ -221,9 +222,14 @@ class _Loop:
             )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        self._update(step, rate, losses, stop=stop)
+        flags = self._update(step, rate, losses, ids, stop=stop)
+        # A forward pass that was not finite has spoiled BatchNorm's running statistics already.
+        for buffer, old in zip(self.buffers, before, strict=True):
+            torch.where(flags[0] > 0, old, buffer, out=buffer)
+        if self.average is not None:
+            update_average(self.average, self.task.student, decay=settings.optim.ema)
 
-    def _update(self, step: int, rate: float, losses: Losses, *, stop: bool) -> None:
+    def _update(self, step: int, rate: float, losses: Losses, ids: Tensor, *, stop: bool) -> Tensor:
         norm = gradient_norm(self.parameters, clip=self.settings.optim.clip_norm)
         bad = ~(torch.isfinite(losses.total.detach()) & torch.isfinite(norm))
         flags = torch.stack([bad.float(), bad.new_tensor(stop).float()])
@@ -233,22 +239,21 @@ class _Loop:
         # alike.
         self.optimizer.found_inf = flags[0]  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
-        if self.average is not None:
-            update_average(self.average, self.task.student, decay=self.settings.optim.ema)
         terms = (losses.total, losses.clone, losses.attention, losses.contrastive, norm)
         row = torch.stack([*(term.detach().double() for term in terms), *flags.double()])
-        self.pending.append((step + 1, rate, row))
+        self.pending.append((step + 1, rate, ids, row))
+        return flags
 
     def flush(self) -> bool:
         """Reads the pending rows, logs them and tells whether any process was asked to stop."""
-        rows = torch.stack([row for _, _, row in self.pending])
+        rows = torch.stack([row for *_, row in self.pending])
         local = rows[:, :4].clone()
         if self.processes.world > 1:
             dist.all_reduce(local)
             local /= self.processes.world
         stopped = False
         lines = []
-        for (step, rate, _), means, row in zip(
+        for (step, rate, ids, _), means, row in zip(
             self.pending, local.tolist(), rows.tolist(), strict=True
         ):
             names = ("loss", "clone", "attention", "contrastive")
@@ -256,7 +261,8 @@ class _Loop:
             stopped |= row[6] > 0
             self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if row[5] else 0
             self.skipped += int(row[5] > 0)
-            lines.append({"step": step, **self.last_row, "skipped": bool(row[5])})
+            line = {"step": step, **self.last_row, "skipped": bool(row[5])}
+            lines.append(line | ({"ids": ids.tolist()} if row[5] else {}))
             if self.nonfinite_in_a_row >= self.settings.optim.max_nonfinite:
                 self._log(lines)
                 raise DivergedError(
@@ -271,8 +277,6 @@ class _Loop:
         if self.task.out is None or not self.processes.is_main:
             return
         for line in lines:
-            if line["skipped"]:
-                line["ids"] = self.last_ids
             append_metrics(self.task.out / "metrics.jsonl", line)
 
     def save(self, step: int) -> None:

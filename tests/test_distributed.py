@@ -428,6 +428,7 @@ def test_handlers_are_put_back_even_after_an_error():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
 
+    inside = before
     with contextlib.suppress(ZeroDivisionError), StopSignal():
         inside = [signal.getsignal(number) for number in numbers]
         _ = 1 / 0

@@ -38,6 +38,7 @@ from mimic_fast.evaluation.triggers import (
 )
 from mimic_fast.optim import gradient_norm, learning_rate, set_learning_rate
 from mimic_fast.progress import Event, Reporter, silent
+from mimic_fast.recipe import settings_record
 
 
 class BadEncoderSettings(Frozen):
@@ -106,7 +107,7 @@ def badencoder(settings: BadEncoderSettings, *, report: Reporter = silent) -> At
     backdoored = load_encoder(settings.encoder.teacher, settings.encoder)
     _implant(clean, backdoored.encoder, pool, reference, trigger, settings, report)
     reached, kept = _success(clean.encoder, backdoored.encoder, pool, reference, trigger)
-    card = {"kind": "badencoder", "settings": settings.model_dump(mode="json")}
+    card = {"kind": "badencoder", "settings": settings_record(settings)}
     path = export_encoder(
         backdoored.encoder, run.out, key_map=clean.key_map, card=card, dtype=STORED[settings.dtype]
     )

@@ -15,6 +15,7 @@ from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import export_encoder
 from mimic_fast.pretraining import train_contrastive
 from mimic_fast.progress import Reporter, silent
+from mimic_fast.recipe import settings_record
 from mimic_fast.training import Trained
 
 CROP_SCALE = (0.2, 1.0)
@@ -58,6 +59,6 @@ def student_only(
     )
     path = None
     if settings.run.out is not None:
-        card = {"kind": "student_only", "settings": settings.model_dump(mode="json")}
+        card = {"kind": "student_only", "settings": settings_record(settings)}
         path = export_encoder(encoder, settings.run.out, key_map=None, card=card)
     return StudentOnly(encoder=encoder, path=path, trained=trained)

@@ -21,7 +21,8 @@ def donors(count: int = 50, *, channels: int = 3, side: int = 32) -> Tensor:
 
 
 def one_rectangle(probability: float = 1.0, **changes: Any) -> HardenSettings:
-    return HardenSettings(probability=probability, **({"rectangles": 1} | changes))
+    values: dict[str, Any] = {"probability": probability, "rectangles": 1} | changes
+    return HardenSettings(**values)
 
 
 def pasted(views: Tensor, settings: HardenSettings, **changes: Any) -> Tensor:
@@ -174,6 +175,17 @@ def test_image_rectangles_show_the_same_place_of_some_training_image(margin):
         assert same.sum() == 1
         used.add(int(same.nonzero()))
     assert used == set(range(20))
+
+
+def test_every_training_image_is_shown_also_beside_the_other_kinds():
+    pool = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 16, 16)
+    settings = one_rectangle(area=(0.1, 0.2), kinds=("noise", "image"))
+
+    result = pasted(canvas(2000, channels=1, side=16), settings, pool=pool)
+
+    values = [image[image != CANVAS] for image in result]
+    shown = {round(v[0].item() * 255) for v in values if bool((v == v[0]).all())}
+    assert shown == set(range(60))
 
 
 def test_kinds_are_drawn_alike_often():

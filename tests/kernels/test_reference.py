@@ -330,7 +330,7 @@ def test_joint_histogram_counts_every_image_once():
     [(4, 0, 0, "codes"), (0, 4, 0, "codes"), (0, 0, 2, "groups"), (0, 0, -1, "groups")],
 )
 def test_joint_histogram_refuses_what_has_no_cell(x, y, group, message):
-    codes = [torch.tensor([[0, code]], dtype=torch.uint8) for code in (x, y)]
+    first, second = (torch.tensor([[0, code]], dtype=torch.uint8) for code in (x, y))
 
     with pytest.raises(ValueError, match=message):
-        joint_histogram(*codes, torch.tensor([0, group]), bins=4, num_groups=2)
+        joint_histogram(first, second, torch.tensor([0, group]), bins=4, num_groups=2)

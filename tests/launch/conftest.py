@@ -67,6 +67,14 @@ class Done:
     def json(self) -> dict:
         return json.loads(self.out)
 
+    @property
+    def error(self) -> str:
+        """The last line on stderr, and the only error; lines before it may say what went on."""
+        *before, last = self.err.splitlines()
+        assert last.startswith("error: "), self.err
+        assert not any(line.startswith(("error: ", "Traceback")) for line in before), self.err
+        return last
+
 
 @dataclass
 class Running:
@@ -141,6 +149,27 @@ def server() -> Iterator[subprocess.Popen[str]]:
 def cli(server, tmp_path) -> CommandLine:
     """Calls ``mimic-fast`` with the given arguments in ``tmp_path``."""
     return CommandLine(server, tmp_path)
+
+
+@pytest.fixture
+def program() -> Callable[..., Done]:
+    """Calls the real program, from the interpreter on; for what needs no torch."""
+
+    def run(*arguments: str) -> Done:
+        command = [sys.executable, "-m", "mimic_fast", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def quick() -> tuple[str, ...]:
+    """Options for seconds of work: two epochs, and all images, as there are few."""
+    return (
+        *("--set", "data.clean_fraction=1", "--allow-budget"),
+        *("--set", "optim.epochs=2", "--set", "optim.batch_size=30", "--device", "cpu"),
+    )
 
 
 HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}

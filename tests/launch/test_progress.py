@@ -57,6 +57,15 @@ def test_bars_show_counts_rate_and_metrics_on_a_terminal(terminal):
     assert re.search(r"distil +\S+.* +5/40 +1234 images/s .*loss 0.123 clone -0.5", text)
 
 
+def test_metrics_that_do_not_fit_are_left_out(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    text = drawn(terminal, after=0.0)
+
+    assert re.search(r"distil +\S+.* +5/40 +1234 images/s .*loss 0.123", text)
+    assert "clone" not in text
+
+
 def test_short_phases_get_no_bar(terminal):
     assert drawn(terminal, after=60.0).split() == ["300", "images", "of", "[folder]"]
 
