@@ -193,6 +193,9 @@ class LossSettings(Frozen):
     )
     attention_power: float = Field(default=2.0, ge=1, description="p in sum_c |F_c|^p")
     contrastive: float = Field(default=0.0, ge=0, description="weight of NT-Xent on two views")
+    teacher_view: Literal["same", "plain"] = Field(
+        default="same", description="what the teacher sees: the student's view, or the whole image"
+    )
     temperature: float = Field(default=0.5, gt=0, description="temperature of NT-Xent")
     projection: int = Field(default=128, ge=2, description="output width of the projection head")
     harden: HardenSettings = Field(default_factory=HardenSettings)

@@ -108,8 +108,11 @@ def purify(
         MachineError: If the run directory cannot be written.
     """
     began = time.perf_counter()
-    out = _prepared_directory(settings)
+    out = _checked_directory(settings)
     accelerator, processes = start(settings.run, settings.optim, expected_world=world)
+    wait_for_all(processes)  # all have looked for an earlier run before one writes
+    if processes.is_main:
+        write_atomic(out / "config.json", settings_json(settings).encode())
     report(Event(phase="start", message=_running(processes, settings)))
     setup = _set_up(settings, processes, report)
     information = locate_layers(
@@ -242,8 +245,8 @@ def _distil(
     )
 
 
-def _prepared_directory(settings: Settings) -> Path:
-    """The run directory with its config.json, or an error before any work is done."""
+def _checked_directory(settings: Settings) -> Path:
+    """The run directory, made if absent, or an error before any work is done."""
     if settings.encoder.teacher is None:
         raise UsageError("no teacher given; use --teacher or encoder.teacher in the recipe")
     if settings.data.source is None:
@@ -255,7 +258,6 @@ def _prepared_directory(settings: Settings) -> Path:
         raise UsageError(f"{out} already holds a run; use --resume auto or another --out")
     with machine_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "config.json", settings_json(settings).encode())
     return out
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mimic_fast import checkpoint
 from mimic_fast.config import Settings
+from mimic_fast.data.augment import plain_view
 from mimic_fast.data.harden import hardened
 from mimic_fast.data.loader import Batch, batch_ids, epoch_order, make_batch, steps_per_epoch
 from mimic_fast.distributed import Processes, wait_for_all
@@ -197,8 +198,12 @@ class _Loop:
             seed=settings.seed,
             epoch=epoch,
         )
+        seen = batch.v1
+        if settings.loss.teacher_view == "plain":
+            size = task.student.tapped.encoder.spec.image_size
+            seen = plain_view(task.pool[ids], image_size=size)
         batch = Batch(
-            v1=self._placed(batch.v1),
+            v1=self._placed(seen),
             v2=None if batch.v2 is None else self._placed(batch.v2),
             ids=ids,
         )

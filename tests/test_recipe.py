@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,24 @@ def test_effective_settings_of_another_kind_round_trip():
     )
 
     assert validated(EncoderSpec, json.loads(settings_json(spec))) == spec
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "override", "kept"),
+    [
+        ("attacks.badencoder", "BadEncoderSettings", "optim.epochs=1", ("optim", "name", "sgd")),
+        ("pretraining", "PretrainSettings", "loss.temperature=1", ("loss", "contrastive", 1.0)),
+    ],
+)
+def test_override_keeps_what_else_a_section_defaults_to(module, name, override, kept):
+    model = getattr(import_module(f"mimic_fast.{module}"), name)
+    spec = {"architecture": "timm:resnet18", "image_size": 32, "mean": [0.5] * 3, "std": [1] * 3}
+    values = {"spec": spec} if name == "PretrainSettings" else {}
+
+    settings = load_recipe(model, overrides=[override], values=values)
+
+    section, field, value = kept
+    assert getattr(getattr(settings, section), field) == value
 
 
 def test_settings_are_frozen():

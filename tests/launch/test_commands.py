@@ -171,3 +171,20 @@ def test_pretrain_writes_an_encoder_that_inspect_reads(cli, labeled):
 
     assert done.code == 0, done.err
     assert cli("inspect", done.json["encoder"], "--json").json["sha256"] == done.json["sha256"]
+
+
+def test_two_processes_make_one_run(torchrun, tmp_path, teacher, labeled, quick):
+    out = tmp_path / "run"
+
+    done = torchrun(
+        [
+            *("-m", "mimic_fast", "purify", "--teacher", str(teacher)),
+            *("--data", str(labeled / "train"), "--out", str(out), *quick),
+        ]
+    )
+
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("report: ") == 1
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert "2 process(es)" in done.stdout
