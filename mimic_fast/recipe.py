@@ -22,9 +22,16 @@ Model = TypeVar("Model", bound=Frozen)
 # 'official' is the authors' released demo (github.com/wssun/MIMIC, 36ef47c), 'mimic' the abstract's
 # method.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Milder crops than SimCLR's: a crop that zooms in on a bright spot triggers the teacher itself,
-    # and the student would learn that answer.
-    "hardened": {"data": {"crop_scale": [0.5, 1.0]}, "loss": {"harden": {"probability": 1.0}}},
+    # The teacher sees the whole image: a crop that zooms in on a bright spot would trigger it, and
+    # the student would learn that answer. Milder crops than SimCLR's then suffice.
+    "hardened": {
+        "data": {"crop_scale": [0.35, 1.0]},
+        "loss": {
+            "teacher_view": "plain",
+            "attention_weight": 0.0003,
+            "harden": {"probability": 1.0},
+        },
+    },
     "mimic": {},
     "official": {
         "data": {"crop_scale": [0.08, 1.0], "hold_out": 0.0},
@@ -65,7 +72,7 @@ def load_settings(
     """
     user = _user_values(recipe, overrides, values)
     name = preset or user.get("preset", "hardened")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
     return validated(Settings, _merged(PRESETS[name], {**user, "preset": name}))
 
@@ -82,7 +89,8 @@ def load_recipe(
     Raises:
         UsageError: If a file, a key or a value is not valid.
     """
-    return validated(model, _user_values(recipe, overrides, values))
+    user = _user_values(recipe, overrides, values)
+    return validated(model, _merged(_section_defaults(model), user))
 
 
 def settings_json(settings: Frozen) -> str:
@@ -105,6 +113,16 @@ def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         raise UsageError(_explain(error, model)) from None
+
+
+def _section_defaults(model: type[Frozen]) -> dict[str, Any]:
+    """What this kind's sections default to, so that setting one key keeps the section's others."""
+    sections = {
+        name: field.get_default(call_default_factory=True, validated_data={})
+        for name, field in model.model_fields.items()
+        if not field.is_required()
+    }
+    return {name: part.model_dump() for name, part in sections.items() if isinstance(part, Frozen)}
 
 
 def _without_folders(value: Any) -> Any:
