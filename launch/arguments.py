@@ -52,6 +52,15 @@ Downstream = Annotated[
 AttackFile = Annotated[
     Path | None, typer.Option("--attack", help="attack.json: trigger, reference, targets.")
 ]
+StudentOnly = Annotated[
+    bool | None,
+    typer.Option(
+        "--student-only", help="Also train and measure a student on the clean images alone."
+    ),
+]
+CleanEncoder = Annotated[
+    Path | None, typer.Option("--clean", help="A clean encoder to measure beside, if there is one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

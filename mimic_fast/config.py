@@ -248,6 +248,13 @@ class EvaluationSettings(Frozen):
 
     downstream: tuple[DownstreamSettings, ...] = Field(default=(), description="labelled sets")
     attack: Path | None = Field(default=None, description="attack.json: trigger, reference, target")
+    student_only: bool = Field(
+        default=False,
+        description="purify: also train a student on the clean images alone",
+    )
+    clean: Path | None = Field(
+        default=None, description="purify: a clean encoder to measure beside, where there is one"
+    )
     probe: tuple[Literal["linear", "knn"], ...] = Field(default=("linear",), description="probes")
     probe_labels: int | None = Field(
         default=None, ge=2, description="labelled images for fitting; None: all"

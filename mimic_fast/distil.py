@@ -108,6 +108,10 @@ def purify(
         MachineError: If the run directory cannot be written.
     """
     began = time.perf_counter()
+    if settings.evaluation.student_only and world > 1:
+        raise UsageError(
+            f"evaluation.student_only trains in one process, {world} run; leave it out here"
+        )
     out = _checked_directory(settings)
     accelerator, processes = start(settings.run, settings.optim, expected_world=world)
     wait_for_all(processes)  # all have looked for an earlier run before one writes

@@ -2,12 +2,13 @@
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mimic_fast.baselines.student_only import student_only
 from mimic_fast.config import Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.encoders.ingest import load_encoder
@@ -16,7 +17,7 @@ from mimic_fast.evaluation.downstream import Measurable
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.features import encode
 from mimic_fast.mutual_information.locate import mutual_information_json
-from mimic_fast.progress import Reporter, silent
+from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import settings_record
 from mimic_fast.report.collect import RunFacts, build_report, write_report
 from mimic_fast.report.examples import load_examples
@@ -31,23 +32,31 @@ def write_evidence(
     result: "PurifyResult",
     settings: Settings,
     *,
-    others: Mapping[str, Path] | None = None,
     report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Measures teacher, purified encoder and ``others``; writes the report into the run directory.
+    """Measures teacher and purified encoder; writes the report into the run directory.
 
     Agreement on the held-out clean images is always measured; accuracy and ASR where
-    ``settings.evaluation`` names labelled sets and an attack.
+    ``settings.evaluation`` names labeled sets and an attack, beside the student-only floor and a
+    clean encoder where it asks for them.
 
     Args:
         result: A finished purification.
         settings: Its settings; ``evaluation`` may have been extended since.
-        others: More encoders by role, e.g. ``student_only`` or ``clean``.
         report: Told of progress.
+        stop: Polled while the floor is trained.
+
+    Raises:
+        StoppedError: If ``stop`` told so.
     """
+    paths = {"purified": result.encoder}
+    if settings.evaluation.student_only:
+        paths["student_only"] = _floor(result, settings, report, stop)
+    if settings.evaluation.clean is not None:
+        paths["clean"] = settings.evaluation.clean
     encoders: dict[str, Measurable] = {"teacher": result.teacher}
-    for role, path in {"purified": result.encoder, **(others or {})}.items():
-        encoders[role] = load_encoder(path)
+    encoders |= {role: load_encoder(path) for role, path in paths.items()}
     evaluation = evaluate_encoders(encoders, settings.evaluation, seed=settings.seed, report=report)
     content = build_report(
         evaluation,
@@ -86,6 +95,23 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _floor(
+    result: "PurifyResult", settings: Settings, report: Reporter, stop: Callable[[], bool]
+) -> Path:
+    """Trains the student-only floor on the same images into ``student_only/``; resumable."""
+    report(Event(phase="student_only", message="training the student-only floor"))
+    run = settings.run.model_copy(update={"out": result.out / "student_only"})
+    floor = student_only(
+        result.purified.spec,
+        result.pool[: len(result.pool) - result.clean_set.hold_out],
+        settings=settings.model_copy(update={"run": run}),
+        report=report,
+        stop=stop,
+    )
+    assert floor.path is not None
+    return floor.path
 
 
 def _agreement(result: "PurifyResult") -> dict[str, Any] | None:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from mimic_fast.errors import MachineError
 
-_MACHINE_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO}
+_MACHINE_ERRNO = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,  # a limit on the size of one file
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+}
 
 
 def write_atomic(path: Path, data: bytes) -> None:

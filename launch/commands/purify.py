@@ -5,6 +5,7 @@ import typer
 from mimic_fast.launch.arguments import (
     AllowBudget,
     AttackFile,
+    CleanEncoder,
     Data,
     Device,
     Downstream,
@@ -15,6 +16,7 @@ from mimic_fast.launch.arguments import (
     Recipe,
     Resume,
     Seed,
+    StudentOnly,
     Teacher,
     downstream_values,
     given,
@@ -36,6 +38,8 @@ def purify(
     downstream: Downstream = None,
     attack: AttackFile = None,
     allow_budget: AllowBudget = None,
+    student_only: StudentOnly = None,
+    clean: CleanEncoder = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -51,7 +55,12 @@ def purify(
         "encoder": given(teacher=teacher),
         "data": given(source=data, allow_budget=allow_budget),
         "run": given(out=out, resume=resume, device=device),
-        "evaluation": given(downstream=downstream_values(downstream), attack=attack),
+        "evaluation": given(
+            downstream=downstream_values(downstream),
+            attack=attack,
+            student_only=student_only,
+            clean=clean,
+        ),
     }
     settings = load_settings(recipe, preset=preset, overrides=overrides or (), values=values)
 
@@ -64,12 +73,11 @@ def purify(
     from mimic_fast.launch.tables import print_report
 
     keep_freed_memory()
-    with progress_bars() as report:
-        with StopSignal() as stop:
-            result = run(settings, world=launched_processes(), report=report, stop=stop)
+    with progress_bars() as report, StopSignal() as stop:
+        result = run(settings, world=launched_processes(), report=report, stop=stop)
         if not is_main_process():
             return
-        content = write_evidence(result, settings, report=report)
+        content = write_evidence(result, settings, report=report, stop=stop)
     if as_json:
         print_json(content)
     else:

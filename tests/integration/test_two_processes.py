@@ -1,5 +1,6 @@
 """One process or two, the same global batch: the same purification."""
 
+import contextlib
 import io
 import json
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def worker(teacher: str, source: str, folder: str, processes: int) -> str:
                 "run": {"out": f"{folder}/{name}"},
             },
         )
-        with progress_bars(stream=said) as report:
+        with contextlib.redirect_stderr(said), progress_bars() as report:
             purify(settings, world=processes, report=report)
     return said.getvalue()
 
