@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused(clean, images, tmp_path, change, message):
 def test_weights_that_a_trainer_saved_are_attacked_all_the_same(images, clean, tmp_path):
     wrapped = {key: value.contiguous() for key, value in load_file(clean).items()}
     save_file({**wrapped, "module.fc.weight": torch.zeros(10, 64)}, tmp_path / "plain.safetensors")
-    known = {"image_size": 16, "mean": SPEC.mean, "std": SPEC.std}
+    known = {"stem": SPEC.stem, "image_size": 16, "mean": SPEC.mean, "std": SPEC.std}
 
     result = badencoder(
         settings(
