@@ -23,12 +23,6 @@ from torch import Tensor
 
 from mimic_fast.errors import MachineError, UnsafeInputError, UsageError
 from mimic_fast.files import fsync_directory, machine_errors, sha256_file
-from mimic_fast.metrics_log import append_metrics as append_metrics
-from mimic_fast.metrics_log import truncate_metrics as truncate_metrics
-from mimic_fast.training_state import optimizer_tensors as optimizer_tensors
-from mimic_fast.training_state import restore_optimizer as restore_optimizer
-from mimic_fast.training_state import restore_rng as restore_rng
-from mimic_fast.training_state import rng_tensors as rng_tensors
 
 _STATE_NAME = re.compile(r"step_(\d{7,})")
 _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -138,6 +132,33 @@ def newest_state(root: Path) -> State | None:
         except UnsafeInputError as error:
             warnings.warn(f"{error}; trying the state before it", RuntimeWarning, stacklevel=2)
     return None
+
+
+def newest_meta(root: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """Path and ``meta`` of the newest state, read without its tensors; None if there is none."""
+    for _, path in sorted(_states(root), reverse=True):
+        try:
+            digests = _read_json(path / "digests.json").get("files")
+            digest = digests.get("state.json") if isinstance(digests, dict) else None
+            _check_file(path, "state.json", digest)
+            return path, _read_json(path / "state.json")["meta"]
+        except UnsafeInputError:
+            continue  # newest_state names the damaged one
+    return None
+
+
+def refuse_other_run(path: Path, meta: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Compares the fingerprint in a state's ``meta`` with what is known of the present run.
+
+    Raises:
+        UsageError: If they differ.
+    """
+    saved = meta.get("fingerprint", {})
+    if any(saved.get(name) != value for name, value in json.loads(json.dumps(dict(known))).items()):
+        raise UsageError(
+            f"the state in {path} belongs to other settings, teacher or images; "
+            "use another --out or the settings in its config.json"
+        )
 
 
 def _fill(

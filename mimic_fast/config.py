@@ -121,6 +121,18 @@ class DataSettings(Frozen):
         return self
 
 
+# What only a draw of clean images reads.
+CLEAN_SET_FIELDS = (
+    "clean_fraction",
+    "clean_count",
+    "pretraining_size",
+    "budget",
+    "allow_budget",
+    "stratified",
+    "hold_out",
+)
+
+
 class MutualInformationSettings(Frozen):
     """Step A: where the benign knowledge lies."""
 
@@ -180,16 +192,18 @@ class HardenSettings(Frozen):
 
 
 class LossSettings(Frozen):
-    """Step B: what the student minimises."""
+    """Step B: what the student minimizes."""
 
     clone: float = Field(default=1.0, ge=0, description="weight of the clone loss")
     attention_weight: float = Field(
         default=0.001,
         ge=0,
-        description="a in lambda_l = (base + gain p_l) a / N_l; mean form: factor",
+        description="a: lambda_l = (base + gain p_l) a / N_l, N_l the tap's positions; 0: none",
     )
     attention_form: Literal["sum", "mean"] = Field(
-        default="sum", description="over positions; 'mean' is the authors' demo"
+        default="sum",
+        description="how the loss is written; both forms give the same number, lambda_l times the "
+        "sum over positions being lambda_l N_l times the demo's mean",
     )
     attention_power: float = Field(default=2.0, ge=1, description="p in sum_c |F_c|^p")
     contrastive: float = Field(default=0.0, ge=0, description="weight of NT-Xent on two views")
@@ -200,11 +214,17 @@ class LossSettings(Frozen):
     projection: int = Field(default=128, ge=2, description="output width of the projection head")
     harden: HardenSettings = Field(default_factory=HardenSettings)
 
+    @model_validator(mode="after")
+    def _something_to_minimize(self) -> "LossSettings":
+        if self.clone == self.attention_weight == self.contrastive == 0:
+            raise ValueError("one of clone, attention_weight and contrastive must be above 0")
+        return self
+
 
 class OptimSettings(Frozen):
-    """How it is minimised."""
+    """How it is minimized."""
 
-    name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="optimiser")
+    name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="optimizer")
     lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(default=1e-4, ge=0, description="weight decay")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum (sgd)")
@@ -236,7 +256,7 @@ class RunSettings(Frozen):
 
 
 class DownstreamSettings(Frozen):
-    """A labelled data set on which probes measure an encoder."""
+    """A labeled data set on which probes measure an encoder."""
 
     name: str = Field(description="name in the report")
     train: str = Field(description="data source for fitting probes")
@@ -246,7 +266,7 @@ class DownstreamSettings(Frozen):
 class EvaluationSettings(Frozen):
     """Step D: what is measured when labels are at hand."""
 
-    downstream: tuple[DownstreamSettings, ...] = Field(default=(), description="labelled sets")
+    downstream: tuple[DownstreamSettings, ...] = Field(default=(), description="labeled sets")
     attack: Path | None = Field(default=None, description="attack.json: trigger, reference, target")
     student_only: bool = Field(
         default=False,
@@ -257,7 +277,7 @@ class EvaluationSettings(Frozen):
     )
     probe: tuple[Literal["linear", "knn"], ...] = Field(default=("linear",), description="probes")
     probe_labels: int | None = Field(
-        default=None, ge=2, description="labelled images for fitting; None: all"
+        default=None, ge=2, description="labeled images for fitting; None: all"
     )
     probe_l2: float = Field(default=1e-3, ge=0, description="L2 penalty of the linear probe")
     test_images: int | None = Field(default=None, ge=2, description="test images; None: all")

@@ -5,7 +5,6 @@ arXiv:2406.03508.
 """
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,15 @@ import torch
 from torch import Tensor
 
 from mimic_fast.batchnorm import synchronize_batchnorm
+from mimic_fast.checkpoint import newest_meta, refuse_other_run
 from mimic_fast.config import EvaluationSettings, RunSettings, Settings
 from mimic_fast.data.augment import plain_view
-from mimic_fast.data.clean_set import (
-    CleanSet,
-    draw_clean_set,
-    load_clean_images,
-    write_clean_set,
-)
-from mimic_fast.data.sources import open_source
+from mimic_fast.data.clean_set import CleanSet, clean_images, write_clean_set
+from mimic_fast.data.loader import steps_per_epoch
 from mimic_fast.distributed import Processes, start, wait_for_all
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.export import export_encoder
-from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder
+from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
 from mimic_fast.encoders.self_test import self_test
 from mimic_fast.encoders.taps import (
     TappedEncoder,
@@ -115,10 +110,11 @@ def purify(
     out = _checked_directory(settings)
     accelerator, processes = start(settings.run, settings.optim, expected_world=world)
     wait_for_all(processes)  # all have looked for an earlier run before one writes
-    if processes.is_main:
-        write_atomic(out / "config.json", settings_json(settings).encode())
     report(Event(phase="start", message=_running(processes, settings)))
     setup = _set_up(settings, processes, report)
+    if processes.is_main:
+        write_atomic(out / "config.json", settings_json(settings).encode())
+        write_clean_set(setup.clean_set, out)
     information = locate_layers(
         setup.teacher_taps if settings.mi.source == "teacher" else setup.student_taps,
         setup.pool,
@@ -159,39 +155,26 @@ class _Setup:
     clean_set: CleanSet
     pool: Tensor
     without_attention: tuple[str, ...]
+    identity: dict[str, Any]
 
 
 def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setup:
-    """Teacher, clean images and student, each checked before anything is computed."""
+    """Teacher, clean images and student, all checked before anything is computed or written."""
     assert settings.encoder.teacher is not None
-    assert settings.data.source is not None
-    assert settings.run.out is not None
     teacher = load_encoder(settings.encoder.teacher, settings.encoder)
+    report_assumed(teacher, report)
     spec = teacher.encoder.spec
-    source = open_source(settings.data.source)
-    clean_set = draw_clean_set(source, settings.data, seed=settings.seed, report=report)
-    pool = load_clean_images(
-        source,
-        clean_set,
-        image_size=spec.image_size,
-        channels=spec.in_channels,
-        report=report,
-    )
-    if processes.is_main:
-        write_clean_set(clean_set, settings.run.out)
-    if clean_set.quarantined:
-        names = ", ".join(key for key, _ in clean_set.quarantined[:3])
-        warnings.warn(
-            f"{len(clean_set.quarantined)} corrupt images left out ({names}); see quarantine.json",
-            stacklevel=3,
-        )
+    clean_set, pool = clean_images(settings.data, spec, seed=settings.seed, report=report)
+    identity = _identity(settings, teacher, clean_set)
+    _check_state(settings.run, identity)
+    images = len(pool) - clean_set.hold_out
+    steps_per_epoch(images, batch_size=settings.optim.batch_size, processes=processes)
     taps = settings.encoder.taps or default_taps(teacher.encoder)
     teacher.encoder.requires_grad_(False)
     teacher_taps = TappedEncoder(teacher.encoder, taps).to(processes.device).eval()
-    # The student is built from the specification alone: no weight or buffer of the teacher enters
-    # it.
-    student = build_encoder(spec, seed=settings.seed)
-    student_taps = TappedEncoder(student, taps).to(processes.device)
+    # Built from the specification alone: no weight or buffer of the teacher enters the student.
+    student_taps = TappedEncoder(build_encoder(spec, seed=settings.seed), taps)
+    student_taps.to(processes.device)
     sample = plain_view(pool[:16], image_size=spec.image_size).to(processes.device)
     self_test(student_taps, teacher_taps, sample)
     synchronize_batchnorm(student_taps, processes)
@@ -202,6 +185,7 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
         clean_set=clean_set,
         pool=pool,
         without_attention=attention_free_taps(teacher_taps),
+        identity=identity,
     )
 
 
@@ -230,13 +214,7 @@ def _distil(
         teacher=setup.teacher_taps,
         layer_weights=weights,
         pool=setup.pool[: len(setup.pool) - setup.clean_set.hold_out],
-        fingerprint={
-            "kind": "purify",
-            "teacher": setup.teacher.sha256,
-            "clean_set": setup.clean_set.sha256,
-            "layer_weights": list(weights),
-            "settings": _identity(settings),
-        },
+        fingerprint={**setup.identity, "layer_weights": list(weights)},
         out=settings.run.out,
     )
     return train(
@@ -282,10 +260,28 @@ def _card(
     }
 
 
-def _identity(settings: Settings) -> str:
-    """The settings that decide the weights; where they are written does not."""
+def _identity(settings: Settings, teacher: LoadedEncoder, clean_set: CleanSet) -> dict[str, Any]:
+    """What decides the weights, as far as it is known before step A; where they are written is not.
+
+    The specification stands beside the teacher's digest: part of it may come from a card.
+    """
     run = RunSettings(max_steps=settings.run.max_steps)
-    return settings_json(settings.model_copy(update={"run": run, "evaluation": _NO_EVALUATION}))
+    decisive = settings.model_copy(update={"run": run, "evaluation": _NO_EVALUATION})
+    return {
+        "kind": "purify",
+        "teacher": teacher.sha256,
+        "spec": teacher.encoder.spec.model_dump(mode="json"),
+        "clean_set": clean_set.sha256,
+        "settings": settings_json(decisive),
+    }
+
+
+def _check_state(run: RunSettings, identity: dict[str, Any]) -> None:
+    """Refuses another run's state now: step A and its files would come before training looks."""
+    assert run.out is not None
+    found = newest_meta(run.out / "state") if run.resume == "auto" else None
+    if found is not None:
+        refuse_other_run(*found, identity)
 
 
 def _running(processes: Processes, settings: Settings) -> str:

@@ -89,6 +89,8 @@ def start(
             f"precision {precision!r} was asked for but {accelerator.mixed_precision!r} runs; "
             "unset ACCELERATE_MIXED_PRECISION"
         )
+    if optim.tf32 and on_cpu:
+        warnings.warn("optim.tf32 is ignored: a CPU has no TF32", stacklevel=2)
     torch.backends.cuda.matmul.allow_tf32 = optim.tf32
     torch.backends.cudnn.allow_tf32 = optim.tf32
     return accelerator, Processes(

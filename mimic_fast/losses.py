@@ -32,16 +32,16 @@ def weighted_attention_loss(
 ) -> Float[Tensor, ""]:
     """Attention losses of all layers, weighted by lambda_l.
 
-    ``sum`` form: lambda_l * a / N_l times the distance summed over the N_l positions, so that a = 1
-    is the demo's strength at any map size. ``mean`` form: lambda_l * a times the mean over
-    positions, the demo's own expression; the two agree. A student map of another grid is
-    interpolated to the teacher's.
+    ``settings.attention_form`` changes nothing here: ``sum`` stands for lambda_l * a / N_l times
+    the distance summed over the N_l positions, ``mean`` (the demo's expression) for lambda_l * a
+    times its mean over them, and these are the same number. So a = 1 is the demo's strength at any
+    map size. A student map of another grid is interpolated to the teacher's.
 
     Args:
         student_maps: One feature map per tapped layer, shallow to deep.
         teacher_maps: The same layers of the teacher; no gradient flows into them.
         layer_weights: lambda_l = base + gain * p_l; a zero skips the layer.
-        settings: Form, power and strength a.
+        settings: Power and strength a.
 
     Raises:
         ValueError: If the three sequences differ in length.

@@ -69,7 +69,7 @@ def update_average(average: dict[str, Tensor], module: nn.Module, *, decay: floa
     """Average <- decay * average + (1 - decay) * weights; counters are copied."""
     state = module.state_dict()
     floating = [name for name, value in average.items() if value.is_floating_point()]
-    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
         [average[name] for name in floating], [state[name] for name in floating], 1 - decay
     )
     for name in average.keys() - set(floating):

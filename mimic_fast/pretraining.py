@@ -3,6 +3,7 @@
 Attacks need a clean encoder to start from, evaluations a clean reference, and the demo both.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mimic_fast.config import (
+    CLEAN_SET_FIELDS,
     DataSettings,
     EncoderSpec,
     Frozen,
@@ -29,8 +31,9 @@ from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
 from mimic_fast.errors import UsageError
+from mimic_fast.mutual_information.finished_parts import tensor_digest
 from mimic_fast.progress import Event, Reporter, silent
-from mimic_fast.recipe import settings_json, settings_record
+from mimic_fast.recipe import settings_json, settings_record, warn_ignored
 from mimic_fast.step import Student
 from mimic_fast.training import Task, Trained, train
 
@@ -70,12 +73,23 @@ def pretrain(
     """Pre-trains on all images of the source and writes ``encoder.safetensors`` with its card.
 
     Raises:
-        UsageError: If the source or the output directory is missing from the settings.
+        UsageError: If the source or the output directory is missing from the settings, the latter
+            holds a run that is not to be resumed, or nothing would be minimized.
         StoppedError: If ``stop`` told so; the state is saved.
     """
     if settings.data.source is None or settings.run.out is None:
         raise UsageError("pre-training needs data.source (--data) and run.out (--out)")
-    source = open_source(settings.data.source)
+    if settings.loss.contrastive == 0:
+        raise UsageError("pre-training has no other loss: loss.contrastive must be above 0")
+    if settings.run.resume == "never" and (settings.run.out / "metrics.jsonl").exists():
+        raise UsageError(
+            f"{settings.run.out} already holds a run; use --resume auto or another --out"
+        )
+    warn_ignored(settings.data, CLEAN_SET_FIELDS, prefix="data", user="pre-training")
+    warn_ignored(settings.loss, ("teacher_view",), prefix="loss", user="pre-training")
+    if settings.loss.clone or settings.loss.attention_weight:
+        warnings.warn("pre-training ignores loss.clone and loss.attention_weight", stacklevel=2)
+    source = open_source(settings.data.source, report=report)
     report(Event(phase="load", message=f"{len(source)} images of {source.name}"))
     pool, _ = load_images(
         source,
@@ -128,7 +142,12 @@ def train_contrastive(
         teacher=None,
         layer_weights=(),
         pool=pool,
-        fingerprint={"kind": phase, "images": len(pool), "settings": _identity(settings)},
+        fingerprint={
+            "kind": phase,
+            "spec": spec.model_dump(mode="json"),
+            "images": tensor_digest(pool),
+            "settings": _identity(settings),
+        },
         out=settings.run.out,
     )
     trained = train(
@@ -155,4 +174,5 @@ def _as_run(settings: PretrainSettings) -> Settings:
 
 
 def _identity(settings: Settings) -> str:
-    return settings_json(settings.model_copy(update={"run": RunSettings()}))
+    run = RunSettings(max_steps=settings.run.max_steps)
+    return settings_json(settings.model_copy(update={"run": run}))

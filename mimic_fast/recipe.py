@@ -8,6 +8,7 @@ the run as JSON.
 import difflib
 import json
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,7 @@ from mimic_fast.errors import UsageError
 
 Model = TypeVar("Model", bound=Frozen)
 
-# 'official' is the authors' released demo (github.com/wssun/MIMIC, 36ef47c), 'mimic' the abstract's
-# method.
+# 'official' is the authors' demo (github.com/wssun/MIMIC, 36ef47c), 'mimic' the abstract's method.
 PRESETS: dict[str, dict[str, Any]] = {
     # The teacher sees the whole image: a crop that zooms in on a bright spot would trigger it, and
     # the student would learn that answer. Milder crops than SimCLR's then suffice.
@@ -113,6 +113,25 @@ def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         raise UsageError(_explain(error, model)) from None
+
+
+def warn_ignored(section: Frozen, names: Sequence[str], *, prefix: str, user: str) -> None:
+    """Warns of settings that were changed although nothing will read them.
+
+    Args:
+        section: The settings' section.
+        names: Fields of it that are not read.
+        prefix: The section's name in a recipe.
+        user: What does not read them.
+    """
+    fields = type(section).model_fields
+    changed = [
+        f"{prefix}.{name}"
+        for name in names
+        if getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    ]
+    if changed:
+        warnings.warn(f"{user} ignores {', '.join(changed)}", stacklevel=3)
 
 
 def _section_defaults(model: type[Frozen]) -> dict[str, Any]:

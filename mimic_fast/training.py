@@ -3,7 +3,6 @@
 Without a teacher it is plain SimCLR training, which pre-training and the student-only floor use.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from mimic_fast.config import Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.harden import hardened
 from mimic_fast.data.loader import Batch, batch_ids, epoch_order, make_batch, steps_per_epoch
-from mimic_fast.distributed import Processes, wait_for_all
+from mimic_fast.distributed import Processes, any_process, broadcast_json, wait_for_all
 from mimic_fast.encoders.taps import TappedEncoder
 from mimic_fast.errors import DivergedError, StoppedError, UsageError
 from mimic_fast.losses import Losses
@@ -240,8 +239,7 @@ class _Loop:
         flags = torch.stack([bad.float(), bad.new_tensor(stop).float()])
         if self.processes.world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        # Fused optimizers skip a step whose found_inf is 1, on the device and on every process
-        # alike.
+        # Fused optimizers skip a step whose found_inf is 1: on the device, on all processes alike.
         self.optimizer.found_inf = flags[0]  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         terms = (losses.total, losses.clone, losses.attention, losses.contrastive, norm)
@@ -318,18 +316,19 @@ class _Loop:
         """Loads the newest good state, if any, and returns the step to go on with."""
         if self.task.out is None:
             return 0
-        metrics = self.task.out / "metrics.jsonl"
         state = checkpoint.newest_state(self.task.out / "state")
         step = 0 if state is None else state.step
-        if self.processes.is_main and metrics.exists():
-            truncate_metrics(metrics, step)
+        if any_process(step != broadcast_json(step, self.processes), self.processes):
+            raise UsageError(
+                f"the processes find different states in {self.task.out}; "
+                "--out must be one folder that all of them see"
+            )
+        if state is not None:
+            checkpoint.refuse_other_run(state.path, state.meta, self.task.fingerprint)
+        if self.processes.is_main:
+            truncate_metrics(self.task.out / "metrics.jsonl", step)
         if state is None:
             return 0
-        if state.meta["fingerprint"] != json.loads(json.dumps(dict(self.task.fingerprint))):
-            raise UsageError(
-                f"the state in {state.path} belongs to other settings, teacher or images; "
-                "use another --out or the settings in its config.json"
-            )
         self.task.student.load_state_dict(state.tensors["student"])
         restore_optimizer(self.optimizer, state.tensors["optimizer"], state.meta["optimizer"])
         restore_rng(state.tensors["rng"])

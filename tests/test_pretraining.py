@@ -130,3 +130,26 @@ def test_what_is_missing_is_named(images, tmp_path, missing):
 
     with pytest.raises(UsageError, match=r"data\.source .*run\.out"):
         pretrain(run)
+
+
+def test_pretraining_without_a_loss_is_refused(images, tmp_path):
+    run = settings(images, tmp_path / "run", loss={"clone": 1, "contrastive": 0})
+
+    with pytest.raises(UsageError, match=r"loss\.contrastive must be above 0"):
+        pretrain(run)
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"data": {"clean_count": 4}}, r"ignores data\.clean_count"),
+        ({"data": {"hold_out": 0.5, "budget": 0.1}}, r"ignores data\.budget, data\.hold_out"),
+        (
+            {"loss": {"clone": 1, "attention_weight": 0, "contrastive": 1}},
+            r"ignores loss\.clone and loss\.attention_weight",
+        ),
+    ],
+)
+def test_settings_that_pretraining_ignores_are_named(images, tmp_path, sections, named):
+    with pytest.warns(UserWarning, match=named):
+        pretrain(settings(images, tmp_path / "run", **sections))

@@ -274,3 +274,10 @@ def test_defaults_are_finite():
         return [value] if isinstance(value, float) else []
 
     assert all(math.isfinite(n) for n in numbers(load_settings().model_dump(mode="json")))
+
+
+def test_loss_with_nothing_to_minimize_is_refused():
+    zero = ("loss.clone=0", "loss.attention_weight=0", "loss.contrastive=0")
+
+    with pytest.raises(UsageError, match="one of clone, attention_weight and contrastive"):
+        load_settings(overrides=zero)

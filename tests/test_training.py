@@ -328,7 +328,8 @@ def purification(tmp_path: Path) -> Settings:
 def teacher_file(folder: Path, seed: int) -> Path:
     encoder = build_encoder(SPEC, seed=seed)
     with torch.no_grad():
-        encoder(torch.rand(8, 3, 16, 16))  # running statistics of its own
+        images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        encoder(images)  # running statistics of its own
     return export_encoder(encoder.eval(), folder, name=f"t{seed}", key_map=None, card={})
 
 

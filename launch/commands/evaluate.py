@@ -45,7 +45,7 @@ def evaluate(
     With --out, report.json and report.html are written there. In the run directory of a
     purification of the same encoders its report is brought up to date.
     """
-    from mimic_fast.recipe import load_settings
+    from mimic_fast.recipe import load_settings, settings_record
 
     values = {
         **given(seed=seed),
@@ -70,7 +70,7 @@ def evaluate(
     earlier = {} if out is None else _earlier(out, {r: e.sha256 for r, e in loaded.items()})
     with progress_bars() as report:
         measured = evaluate_encoders(loaded, settings.evaluation, seed=settings.seed, report=report)
-    content = _content(measured, settings.model_dump(mode="json"), earlier)
+    content = _content(measured, settings_record(settings), earlier)
     if out is not None:
         spec = next(iter(loaded.values())).encoder.spec
         examples = load_examples(

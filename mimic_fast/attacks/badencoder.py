@@ -2,9 +2,10 @@
 
 Minimizes, from the clean encoder f0 with BatchNorm frozen,
 ``-cos(f(x + trigger), f(ref)) - cos(f(aug(ref)), f0(ref)) - cos(f(x), f0(x))`` over shadow images
-x. For measuring defences; see SECURITY.md for intended use.
+x. For measuring defenses; see SECURITY.md for intended use.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,24 @@ from pydantic import Field
 from torch import Tensor
 
 from mimic_fast import ops
-from mimic_fast.config import DataSettings, EncoderSettings, Frozen, OptimSettings, RunSettings
+from mimic_fast.config import (
+    CLEAN_SET_FIELDS,
+    DataSettings,
+    EncoderSettings,
+    Frozen,
+    OptimSettings,
+    RunSettings,
+)
 from mimic_fast.data.augment import augmented_view, plain_view
 from mimic_fast.data.images import load_images
-from mimic_fast.data.items import Source
+from mimic_fast.data.items import Source, decode_image, read_whole
 from mimic_fast.data.loader import epoch_order, steps_per_epoch
 from mimic_fast.data.sources import open_source
 from mimic_fast.distributed import SINGLE
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder
-from mimic_fast.errors import UsageError
+from mimic_fast.errors import DivergedError, UsageError
 from mimic_fast.evaluation.attack_file import Attack, write_attack
 from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.triggers import (
@@ -38,7 +46,9 @@ from mimic_fast.evaluation.triggers import (
 )
 from mimic_fast.optim import gradient_norm, learning_rate, set_learning_rate
 from mimic_fast.progress import Event, Reporter, silent
-from mimic_fast.recipe import settings_record
+from mimic_fast.recipe import settings_record, warn_ignored
+
+_TERMS = ("reach", "reference", "keep")
 
 
 class BadEncoderSettings(Frozen):
@@ -85,13 +95,15 @@ def badencoder(settings: BadEncoderSettings, *, report: Reporter = silent) -> At
 
     Raises:
         UsageError: If the encoder, images, reference or output is missing or does not fit.
+        DivergedError: If a loss was not finite; nothing is written.
     """
     run, source_name = settings.run, settings.data.source
     if settings.encoder.teacher is None or source_name is None or run.out is None:
         raise UsageError("badencoder needs encoder.teacher (--encoder), data.source and run.out")
+    _check_ignored(settings)
     clean = load_encoder(settings.encoder.teacher, settings.encoder)
     spec = clean.encoder.spec
-    source = open_source(source_name)
+    source = open_source(source_name, report=report)
     count = min(settings.shadow_images or len(source), len(source))
     order = epoch_order(len(source), seed=settings.seed, epoch=0)[:count].tolist()
     pool, _ = load_images(
@@ -123,6 +135,21 @@ def badencoder(settings: BadEncoderSettings, *, report: Reporter = silent) -> At
     return Attacked(encoder=path, attack=attack, reached=reached, kept=kept)
 
 
+def _check_ignored(settings: BadEncoderSettings) -> None:
+    """One process on the CPU with SGD, from start to end: other wishes are refused or named."""
+    if settings.optim.name != "sgd":
+        raise UsageError(f"badencoder is trained with SGD; got optim.name {settings.optim.name!r}")
+    if settings.run.device == "cuda":
+        raise UsageError("badencoder runs on the CPU; set run.device to 'auto' or 'cpu'")
+    unused = {
+        "data": (settings.data, CLEAN_SET_FIELDS),
+        "optim": (settings.optim, ("precision", "tf32", "ema", "max_nonfinite")),
+        "run": (settings.run, ("resume", "checkpoint_every", "keep", "max_steps")),
+    }
+    for prefix, (section, names) in unused.items():
+        warn_ignored(section, names, prefix=prefix, user="badencoder")
+
+
 def _implant(
     clean: LoadedEncoder,
     student: Encoder,
@@ -152,27 +179,20 @@ def _implant(
         ids = order[index * optim.batch_size : (index + 1) * optim.batch_size]  # pyright: ignore[reportPossiblyUnboundVariable]
         views = _reference_views(reference, step, settings, spec.image_size)
         losses = _losses(student, images[ids], kept[ids], goal, goal_features, views, trigger)
-        rate = learning_rate(step, total_steps=total, steps_per_epoch=per_epoch, settings=optim)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(
+            optimizer,
+            learning_rate(step, total_steps=total, steps_per_epoch=per_epoch, settings=optim),
+        )
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         gradient_norm(student.parameters(), clip=optim.clip_norm)
         optimizer.step()
-        names = ("reach", "reference", "keep")
-        report(
-            Event(
-                phase="badencoder",
-                done=step + 1,
-                total=total,
-                unit="steps",
-                metrics=dict(zip(names, losses.detach().tolist(), strict=True))
-                | {
-                    "images_per_second": (step + 1)
-                    * optim.batch_size
-                    / (time.perf_counter() - began)
-                },
-            )
-        )
+        metrics: dict[str, float] = dict(zip(_TERMS, losses.detach().tolist(), strict=True))
+        if not all(map(math.isfinite, metrics.values())):
+            raise DivergedError(f"badencoder diverged at step {step + 1}; lower optim.lr")
+        rate = (step + 1) * optim.batch_size / (time.perf_counter() - began)
+        metrics["images_per_second"] = rate
+        report(Event(phase="badencoder", done=step + 1, total=total, unit="steps", metrics=metrics))
 
 
 def _losses(
@@ -233,9 +253,19 @@ def _reference_image(text: str | None, source: Source, encoder: Encoder) -> Tens
             raise UsageError(f"reference {text!r}: the source {source.name} has no such label")
         index = source.labels.index(int(wanted))
     elif Path(text).is_file():
-        source = open_source(str(Path(text).parent))
-        index = source.keys.index(Path(text).name)
+        source, index = _one_image(Path(text)), 0
     else:
         raise UsageError(f"reference {text!r} is neither a file nor 'class:K'")
     loaded, _ = load_images(source, [index], image_size=size, channels=channels, evaluation=True)
     return loaded[0]
+
+
+def _one_image(path: Path) -> Source:
+    return Source(
+        name=str(path),
+        keys=(path.name,),
+        labels=None,
+        classes=None,
+        read=lambda _: read_whole(path),
+        decode=decode_image,
+    )

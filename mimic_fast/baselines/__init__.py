@@ -1,1 +1,1 @@
-"""Defences to compare with: one file, one paper."""
+"""Defenses to compare with: one file, one paper."""

@@ -1,6 +1,6 @@
 """The floor: a random student trained contrastively on the clean images alone, no teacher.
 
-A defence that does not beat it has transferred nothing.
+A defense that does not beat it has transferred nothing.
 """
 
 from collections.abc import Callable

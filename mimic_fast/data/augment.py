@@ -92,9 +92,8 @@ def _central_box(side: int, settings: DataSettings) -> Tensor:
 
 
 def _resized_crops(images: Tensor, box: Tensor, size: int, flip: Tensor) -> Tensor:
-    # Bilinear resizing is linear and separable: two batched matrix products with the triangle
-    # filter's weights, cut at the crop's edge. Flipping reverses the rows of the horizontal
-    # weights.
+    # Bilinear resizing is linear and separable: two batched products with the triangle filter's
+    # weights, cut at the crop's edge. Flipping reverses the rows of the horizontal ones.
     top, left, height, width = box.unbind(1)
     rows = _filter_weights(top, height, images.shape[-2], size)
     columns = _filter_weights(left, width, images.shape[-1], size)

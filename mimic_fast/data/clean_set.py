@@ -6,13 +6,14 @@ manifest is the same images in the same order everywhere.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jaxtyping import UInt8
 from torch import Tensor
 
-from mimic_fast.config import DataSettings
+from mimic_fast.config import DataSettings, EncoderSpec
 from mimic_fast.data.images import load_images
 from mimic_fast.data.items import CorruptItemError, Source
 from mimic_fast.data.manifest import (
@@ -22,12 +23,14 @@ from mimic_fast.data.manifest import (
     read_clean_set,
     write_clean_set,
 )
+from mimic_fast.data.sources import open_source
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.progress import Event, Reporter, silent
 
 __all__ = [
     "CleanItem",
     "CleanSet",
+    "clean_images",
     "draw_clean_set",
     "load_clean_images",
     "read_clean_set",
@@ -128,6 +131,31 @@ def load_clean_images(
         lost = items[min(set(range(len(items))) - set(kept))].key
         raise UnsafeInputError(f"{lost} of {source.name} can no longer be read")
     return images
+
+
+def clean_images(
+    settings: DataSettings, spec: EncoderSpec, *, seed: int, report: Reporter = silent
+) -> tuple[CleanSet, UInt8[Tensor, "image channel side side"]]:
+    """The clean set of ``settings.source`` and its pixels; warns of corrupt images left out.
+
+    Raises:
+        UsageError: If there is no source, or as in :func:`draw_clean_set`.
+        UnsafeInputError: As in :func:`draw_clean_set` and :func:`load_clean_images`.
+    """
+    if settings.source is None:
+        raise UsageError("no clean images given; use --data or data.source in the recipe")
+    source = open_source(settings.source, report=report)
+    clean_set = draw_clean_set(source, settings, seed=seed, report=report)
+    if clean_set.quarantined:
+        keys = ", ".join(key for key, _ in clean_set.quarantined[:3])
+        warnings.warn(
+            f"{len(clean_set.quarantined)} corrupt images left out ({keys}); see quarantine.json",
+            stacklevel=3,
+        )
+    pool = load_clean_images(
+        source, clean_set, image_size=spec.image_size, channels=spec.in_channels, report=report
+    )
+    return clean_set, pool
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,8 +22,7 @@ def jitter(
     Args:
         images: In [0, 1].
         strength: Largest change of brightness, contrast, saturation (factors 1 - s .. 1 + s) and
-            hue
-            (turns, -s .. s).
+            hue (turns, -s .. s).
         chosen: Which images are changed.
         numbers: Uniform in [0, 1), one per change.
         order: Per image, the order in which the four changes are made.

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, the built-in labelled data set: fetched once, digests checked at every opening.
+"""Fashion-MNIST, the built-in labeled data set: fetched once, digests checked at every opening.
 
 Han Xiao, Kashif Rasul, Roland Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking
 Machine Learning Algorithms", arXiv:1708.07747, MIT license. 60,000 + 10,000 gray images of 28 x 28

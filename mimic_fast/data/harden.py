@@ -81,8 +81,7 @@ def _contents(
     """What fills the rectangles, at full image size ``[B, C, H, W]``."""
     B, C, H, W = views.shape
     kind = (u[:, 5] * len(settings.kinds)).long()
-    # Arcsine-distributed: colors near black and white, which triggers tend to have, are the
-    # likeliest.
+    # Arcsine-distributed: likeliest near black and white, the colors that triggers tend to have.
     color = (1 - torch.cos(math.pi * u[:, 6 : 6 + C])) / 2
     content = color[:, :, None, None].expand_as(views).clone()
     for number, name in enumerate(settings.kinds):

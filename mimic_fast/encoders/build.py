@@ -31,14 +31,14 @@ _REFUSALS = (
 
 
 class Encoder(nn.Module):
-    """Images in [0, 1] to features; normalisation is part of it.
+    """Images in [0, 1] to features; normalization is part of it.
 
     ``state_dict`` keys are exactly ``backbone.<library key>``: mean and deviation come from the
     specification.
 
     Args:
         spec: What was built.
-        backbone: Maps normalised images ``[batch, channel, height, width]`` to ``[batch,
+        backbone: Maps normalized images ``[batch, channel, height, width]`` to ``[batch,
             feature]``.
         feature_dim: Width of the features.
     """
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch feature"]:
-        """Features of un-normalised images.
+        """Features of un-normalized images.
 
         Raises:
             UsageError: If the number of channels differs from the specification's.
@@ -71,10 +71,10 @@ class Encoder(nn.Module):
 
 
 def build_encoder(spec: EncoderSpec, *, seed: int | None = None) -> Encoder:
-    """A randomly initialised encoder on the CPU, in training mode.
+    """A randomly initialized encoder on the CPU, in training mode.
 
     Args:
-        spec: Architecture, input and normalisation.
+        spec: Architecture, input and normalization.
         seed: Makes the weights depend on it alone and leaves the global random state untouched;
             None draws from the global state.
 

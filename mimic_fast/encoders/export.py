@@ -33,7 +33,7 @@ def export_encoder(
     The specification also stands in the safetensors metadata: the file alone is enough.
 
     Args:
-        encoder: What to write; its normalisation goes into the card.
+        encoder: What to write; its normalization goes into the card.
         directory: Made if absent.
         name: File name without suffix.
         key_map: Backbone key to the key to write, as in ``LoadedEncoder``; None keeps the library's

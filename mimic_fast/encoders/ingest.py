@@ -22,6 +22,7 @@ from mimic_fast.encoders.recognise import recognise_spec
 from mimic_fast.encoders.torch_file import read_torch_tensors
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.files import sha256_file
+from mimic_fast.progress import Event, Reporter
 
 METADATA_KEY = "mimic_fast"
 
@@ -113,6 +114,16 @@ def load_encoder(path: Path, settings: EncoderSettings = _RECOGNISE) -> LoadedEn
         UnsafeInputError: As in :func:`read_checkpoint`.
     """
     return fill_encoder(read_checkpoint(path), settings)
+
+
+def report_assumed(loaded: LoadedEncoder, report: Reporter) -> None:
+    """Says which fields of the specification rest on convention: wrong ones change the features."""
+    if not loaded.assumed:
+        return
+    spec = loaded.encoder.spec.model_dump(mode="json")
+    values = {**spec, **{f"arguments.{name}": v for name, v in spec["arguments"].items()}}
+    facts = ", ".join(f"{name} {values[name]}" for name in loaded.assumed)
+    report(Event(phase="start", message=f"assumed of {loaded.path.name}: {facts}; see encoder.*"))
 
 
 def fill_encoder(checkpoint: Checkpoint, settings: EncoderSettings = _RECOGNISE) -> LoadedEncoder:
@@ -218,8 +229,13 @@ def _read_card(path: Path, digest: str, metadata: Mapping[str, str]) -> dict[str
     """The card beside the file, else the one inside it; JSON without a ``spec`` is not ours."""
     beside = path.with_suffix(".json")
     card = None
-    if beside.is_file() and beside.stat().st_size <= _LARGEST_CARD:
-        card = _parse_card(beside.read_bytes(), beside)
+    if beside.is_file():
+        try:
+            with beside.open("rb") as file:
+                text = file.read(_LARGEST_CARD + 1)
+        except OSError as error:
+            raise UsageError(f"card {beside} cannot be read: {error.strerror}") from None
+        card = _parse_card(text, beside)
     if card is None and METADATA_KEY in metadata:
         card = _parse_card(metadata[METADATA_KEY].encode(), path)
     if card is not None and card.get("sha256", digest) != digest:
@@ -232,6 +248,8 @@ def _read_card(path: Path, digest: str, metadata: Mapping[str, str]) -> dict[str
 
 def _parse_card(text: bytes, path: Path) -> dict[str, Any] | None:
     try:
+        if len(text) > _LARGEST_CARD:
+            raise ValueError("too large")
         card = json.loads(text)
     except (ValueError, RecursionError):
         warnings.warn(f"{path} is not a readable card and was ignored", stacklevel=4)

@@ -1,9 +1,8 @@
 """How the keys of a checkpoint in the wild relate to the keys of a backbone.
 
 Two things differ: prefixes that wrappers add (``module.``, ``encoder.``), and layouts, other names
-for the same
-weights: a ResNet inside ``nn.Sequential`` (as BadEncoder and many SimCLR programs save it) and
-EfficientNet-PyTorch.
+for the same weights: a ResNet inside ``nn.Sequential`` (as BadEncoder and many SimCLR programs save
+it) and EfficientNet-PyTorch.
 """
 
 import re

@@ -28,7 +28,7 @@ def self_test(
     Both run in evaluation mode; modes, buffers, gradients and random states are left as they were.
 
     Args:
-        student: Randomly initialised, with trainable parameters.
+        student: Randomly initialized, with trainable parameters.
         teacher: The suspect encoder with the same taps.
         images: At least two different images in [0, 1], on the encoders' device.
 

@@ -69,7 +69,7 @@ class TappedEncoder(nn.Module):
         """Features and one vector per tap.
 
         Args:
-            images: Un-normalised, in [0, 1].
+            images: Un-normalized, in [0, 1].
             pool: ``mean`` over the positions of the map; ``class_token`` takes that token where the
                 tap returns tokens. Taps of CNNs are always averaged.
 
@@ -80,7 +80,7 @@ class TappedEncoder(nn.Module):
         vectors: list[Tensor] = []
         for tap, output in zip(self.taps, outputs, strict=True):
             if pool == "class_token" and output.ndim == 3:
-                if not _has_class_token(self.encoder.backbone):
+                if not has_class_token(self.encoder):
                     raise UsageError(
                         f"{self.encoder.spec.architecture} has no class token; set mi.pool = 'mean'"
                     )
@@ -153,6 +153,11 @@ def default_taps(encoder: Encoder) -> tuple[str, ...]:
     )
 
 
+def has_class_token(encoder: Encoder) -> bool:
+    """Whether the encoder is a ViT with a class token."""
+    return _class_token(encoder.backbone)
+
+
 def tap_shapes(tapped: TappedEncoder) -> dict[str, tuple[int, int, int]]:
     """Channels, height and width of every tap's map at the encoder's image size."""
     spec, mean = tapped.encoder.spec, tapped.encoder.mean
@@ -165,7 +170,7 @@ def tap_shapes(tapped: TappedEncoder) -> dict[str, tuple[int, int, int]]:
 
 
 def attention_free_taps(tapped: TappedEncoder) -> tuple[str, ...]:
-    """Taps whose map has one position: normalised, its attention map is always 1."""
+    """Taps whose map has one position: normalized, its attention map is always 1."""
     return tuple(tap for tap, (_, h, w) in tap_shapes(tapped).items() if h * w == 1)
 
 
@@ -210,10 +215,10 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 def _prefix_tokens(backbone: nn.Module) -> int:
     """Class and register tokens before the patch tokens: timm counts them, torchvision has one."""
     count = getattr(backbone, "num_prefix_tokens", None)
-    return count if isinstance(count, int) else int(_has_class_token(backbone))
+    return count if isinstance(count, int) else int(_class_token(backbone))
 
 
-def _has_class_token(backbone: nn.Module) -> bool:
+def _class_token(backbone: nn.Module) -> bool:
     return any(
         isinstance(getattr(backbone, name, None), Tensor) for name in ("cls_token", "class_token")
     )

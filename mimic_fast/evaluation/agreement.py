@@ -25,8 +25,8 @@ def agreement(
 ) -> dict[str, Measure]:
     """Cosine, overlap of the 10 nearest neighbors, and linear CKA, each with a 95 % interval.
 
-    ``cosine`` is the mean over images (t interval). ``knn_overlap_10`` is the mean share
-    of an image's 10 nearest neighbors (by cosine, itself excluded) that both encoders name; chance
+    ``cosine`` is the mean over images (t interval). ``knn_overlap_10`` is the mean share of an
+    image's 10 nearest neighbors (by cosine, itself excluded) that both encoders name; chance
     is 10 / (n - 1). ``linear_cka`` is the debiased form (Kornblith et al., ICML 2019, with HSIC of
     Song et al., JMLR 2012): the plain form tends to 1 for unrelated features once there are more
     features than images. The last two have delete-group jackknife intervals, clipped to 0..1, and

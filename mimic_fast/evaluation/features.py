@@ -25,7 +25,7 @@ def encode(
     The encoder's mode, module by module, is restored. Images go to the encoder's device and type.
 
     Args:
-        encoder: Maps images in [0, 1] to features ``[B, D]``; normalises by itself.
+        encoder: Maps images in [0, 1] to features ``[B, D]``; normalizes by itself.
         images: uint8 in 0..255, or floating point in [0, 1].
         batch_size: Images per forward.
         trigger: Stamped on every image if given, resized to fit.

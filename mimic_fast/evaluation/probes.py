@@ -20,14 +20,14 @@ _CHUNK = 2048  # rows classified at a time; bounds the similarity table of kNN
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearProbe:
-    """Logistic regression on standardised features, in float64.
+    """Logistic regression on standardized features, in float64.
 
     Args:
         mean: Of every feature over the training images.
         scale: Standard deviation, 1 where a feature is constant.
         weight: One row per class.
         bias: One value per class.
-        train_images: Labelled images it was fitted on.
+        train_images: Labeled images it was fitted on.
     """
 
     mean: Float[Tensor, "feature"]
@@ -52,12 +52,12 @@ class KnnProbe:
     """Votes of the nearest training images, weighted by exp(cosine / temperature).
 
     Args:
-        bank: Normalised training features.
+        bank: Normalized training features.
         labels: Their classes.
         num_classes: Number of classes.
         neighbors: Images that vote.
         temperature: Of the weights.
-        train_images: Labelled images in the bank.
+        train_images: Labeled images in the bank.
     """
 
     bank: Float[Tensor, "train feature"]
@@ -85,15 +85,15 @@ def fit_linear_probe(
     num_classes: int,
     l2: float,
 ) -> LinearProbe:
-    """Minimises mean cross-entropy + l2/2 ||weight||^2 (bias free) by L-BFGS from zero, in float64.
+    """Minimizes mean cross-entropy + l2/2 ||weight||^2 (bias free) by L-BFGS from zero, in float64.
 
     Convex, so the same features give the same probe; no seed is involved.
 
     Args:
-        features: Frozen features of the labelled images.
+        features: Frozen features of the labeled images.
         labels: Class indices.
         num_classes: Number of classes, absent ones included.
-        l2: Penalty on the weights of standardised features, dimensionless.
+        l2: Penalty on the weights of standardized features, dimensionless.
 
     Raises:
         UsageError: If there are no images or a label is out of range.
@@ -134,7 +134,7 @@ def fit_linear_probe(
 def fit_knn_probe(
     features: Float[Tensor, "image feature"], labels: Int64[Tensor, "image"], *, num_classes: int
 ) -> KnnProbe:
-    """Keeps the normalised features; k = min(200, n/2), temperature 0.5.
+    """Keeps the normalized features; k = min(200, n/2), temperature 0.5.
 
     Raises:
         UsageError: If there are no images or a label is out of range.
@@ -152,7 +152,7 @@ def fit_knn_probe(
 
 def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
     if not len(features):
-        raise UsageError("a probe needs labelled images; got none")
+        raise UsageError("a probe needs labeled images; got none")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise UsageError(f"labels must lie in 0..{num_classes - 1}, got {low}..{high}")

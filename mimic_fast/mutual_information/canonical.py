@@ -14,9 +14,7 @@ from torch import Tensor
 
 _FLAT = 1e-10  # eigenvalues below this share of the largest are rounding of float32 activations
 _STILL = 1e-12  # the same, as a share of the mean square: a constant map has no directions at all
-_IMAGES_PER_DIRECTION = (
-    4  # with fewer, the whitened halves are fitted perfectly and measure nothing
-)
+_IMAGES_PER_DIRECTION = 4  # with fewer, the fitted half is whitened perfectly and means nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,20 +16,14 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from mimic_fast.config import EncoderSpec, Settings
+from mimic_fast.config import Settings
 from mimic_fast.data.augment import plain_view
-from mimic_fast.data.clean_set import (
-    CleanSet,
-    draw_clean_set,
-    load_clean_images,
-    write_clean_set,
-)
-from mimic_fast.data.sources import open_source
+from mimic_fast.data.clean_set import clean_images, write_clean_set
 from mimic_fast.distributed import Processes, start
 from mimic_fast.encoders.build import build_encoder
-from mimic_fast.encoders.ingest import load_encoder
+from mimic_fast.encoders.ingest import load_encoder, report_assumed
 from mimic_fast.encoders.self_test import self_test
-from mimic_fast.encoders.taps import TappedEncoder, default_taps
+from mimic_fast.encoders.taps import TappedEncoder, default_taps, has_class_token
 from mimic_fast.errors import UsageError
 from mimic_fast.files import write_atomic
 from mimic_fast.mutual_information.activations import StepA, pooled_activations
@@ -90,9 +84,9 @@ def locate(
     out = settings.run.out
     if out is not None and processes.is_main:
         write_atomic(out / "config.json", settings_json(settings).encode())
-    tapped = _tapped_pair(settings, processes.device)
+    tapped = _tapped_pair(settings, processes.device, report)
     spec = tapped["teacher"].encoder.spec
-    clean_set, images = _clean_images(settings, spec, report)
+    clean_set, images = clean_images(settings.data, spec, seed=settings.seed, report=report)
     sample = plain_view(images[:_SELF_TEST_IMAGES], image_size=spec.image_size)
     self_test(tapped["student"], tapped["teacher"], sample.to(processes.device))
     result = locate_layers(
@@ -141,6 +135,7 @@ def locate_layers(
     """
     began = time.perf_counter()
     mi = settings.mi
+    _warn_of_ignored_pool(tapped, settings)
     estimates: list[LayerEstimate]
     if mi.estimator == "dv":
         origin = {"seed": settings.seed, "dv": [mi.dv_epochs, mi.dv_batch, mi.chunk]}
@@ -196,9 +191,13 @@ def _check_required(settings: Settings) -> None:
         raise UsageError(f"{out} already holds a run; use --resume auto or another --out")
 
 
-def _tapped_pair(settings: Settings, device: torch.device) -> dict[str, TappedEncoder]:
+def _tapped_pair(
+    settings: Settings, device: torch.device, report: Reporter
+) -> dict[str, TappedEncoder]:
     assert settings.encoder.teacher is not None
-    encoder = load_encoder(settings.encoder.teacher, settings.encoder).encoder
+    loaded = load_encoder(settings.encoder.teacher, settings.encoder)
+    report_assumed(loaded, report)
+    encoder = loaded.encoder
     taps = settings.encoder.taps or default_taps(encoder)
     student = build_encoder(encoder.spec, seed=settings.seed)
     return {
@@ -207,24 +206,17 @@ def _tapped_pair(settings: Settings, device: torch.device) -> dict[str, TappedEn
     }
 
 
-def _clean_images(
-    settings: Settings, spec: EncoderSpec, report: Reporter
-) -> tuple[CleanSet, Tensor]:
-    assert settings.data.source is not None
-    source = open_source(settings.data.source, report=report)
-    clean_set = draw_clean_set(source, settings.data, seed=settings.seed, report=report)
-    if clean_set.quarantined:
-        keys = ", ".join(key for key, _ in clean_set.quarantined[:3])
-        message = f"{len(clean_set.quarantined)} corrupt images left out ({keys})"
-        warnings.warn(f"{message}; see quarantine.json", stacklevel=3)
-    images = load_clean_images(
-        source,
-        clean_set,
-        image_size=spec.image_size,
-        channels=spec.in_channels,
-        report=report,
-    )
-    return clean_set, images
+def _warn_of_ignored_pool(tapped: TappedEncoder, settings: Settings) -> None:
+    if settings.mi.pool == "mean":
+        return
+    if settings.mi.estimator == "dv":
+        warnings.warn("mi.pool is ignored: the dv estimator takes whole maps", stacklevel=3)
+    elif not has_class_token(tapped.encoder):
+        architecture = tapped.encoder.spec.architecture
+        warnings.warn(
+            f"mi.pool = 'class_token' is ignored: {architecture} has none, maps are averaged",
+            stacklevel=3,
+        )
 
 
 def _step(

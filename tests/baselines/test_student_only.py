@@ -46,7 +46,7 @@ def test_floor_is_written_and_trained_by_the_contrastive_loss_alone(pool, tmp_pa
     )
 
     assert result.path == tmp_path / "encoder.safetensors"
-    stored = load_encoder(result.path).encoder
+    stored = load_encoder(tmp_path / "encoder.safetensors").encoder
     torch.testing.assert_close(stored.state_dict(), result.encoder.state_dict(), rtol=0, atol=0)
     assert result.trained.steps == 4
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

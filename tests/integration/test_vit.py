@@ -1,4 +1,4 @@
-"""A vision transformer through the whole program: trained, attacked, located, purified, measured."""
+"""A vision transformer through the whole program: trained, attacked, purified, measured."""
 
 import json
 import math
@@ -66,13 +66,14 @@ def test_vit_goes_through_the_whole_program(images, tmp_path):
                     {"name": "colors", "train": source, "test": str(images / "test")},
                 ],
                 "attack": str(attacked.attack),
+                "clean": str(clean.path),
                 "probe": ["linear", "knn"],
             },
         },
     )
 
     result = purify(settings)
-    write_evidence(result, settings, others={"clean": clean.path})
+    write_evidence(result, settings)
 
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["schema"] == 1
