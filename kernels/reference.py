@@ -5,6 +5,8 @@ of squares over 1024 channels overflows float16 at a standard deviation of 8) an
 by autograd.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32, Int64, UInt8
@@ -35,14 +37,20 @@ def attention_loss(
     teacher_map: Float[Tensor, "batch teacher_channel height width"],
     *,
     power: float = 2.0,
+    form: Literal["sum", "mean"] = "sum",
 ) -> Float[Tensor, ""]:
-    """Squared distance of attention maps, summed over positions, averaged over the batch: [0, 2].
+    """Squared distance of normalized attention maps, averaged over the batch.
 
-    The authors' demo takes the mean over positions instead: divide by height * width.
+    Args:
+        student_map: Of the student.
+        teacher_map: Of the teacher; no gradient flows into it.
+        power: p, at least 1.
+        form: ``sum`` over positions, in [0, 2]; ``mean`` over positions, the authors' demo.
     """
     student = attention_map(student_map, power=power)
     teacher = attention_map(teacher_map, power=power).detach()
-    return (student - teacher).square().sum(dim=1).mean()
+    squared = (student - teacher).square()
+    return (squared.sum(dim=1) if form == "sum" else squared.mean(dim=1)).mean()
 
 
 def clone_loss(

@@ -202,8 +202,8 @@ class LossSettings(Frozen):
     )
     attention_form: Literal["sum", "mean"] = Field(
         default="sum",
-        description="how the loss is written; both forms give the same number, lambda_l times the "
-        "sum over positions being lambda_l N_l times the demo's mean",
+        description="over positions; equal by construction: weight lambda_l a / N_l on the sum, "
+        "lambda_l a on the mean, which is the demo's expression",
     )
     attention_power: float = Field(default=2.0, ge=1, description="p in sum_c |F_c|^p")
     contrastive: float = Field(default=0.0, ge=0, description="weight of NT-Xent on two views")

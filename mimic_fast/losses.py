@@ -32,16 +32,16 @@ def weighted_attention_loss(
 ) -> Float[Tensor, ""]:
     """Attention losses of all layers, weighted by lambda_l.
 
-    ``settings.attention_form`` changes nothing here: ``sum`` stands for lambda_l * a / N_l times
-    the distance summed over the N_l positions, ``mean`` (the demo's expression) for lambda_l * a
-    times its mean over them, and these are the same number. So a = 1 is the demo's strength at any
-    map size. A student map of another grid is interpolated to the teacher's.
+    Form ``sum``: lambda_l * a / N_l times the distance summed over the N_l positions; form
+    ``mean``, the demo's expression: lambda_l * a times its mean over them. The two are the same
+    number by construction, so that a = 1 is the demo's strength at any map size. A student map of
+    another grid is interpolated to the teacher's.
 
     Args:
         student_maps: One feature map per tapped layer, shallow to deep.
         teacher_maps: The same layers of the teacher; no gradient flows into them.
         layer_weights: lambda_l = base + gain * p_l; a zero skips the layer.
-        settings: Power and strength a.
+        settings: Form, power and strength a.
 
     Raises:
         ValueError: If the three sequences differ in length.
@@ -57,8 +57,9 @@ def weighted_attention_loss(
             continue
         if student.shape[2:] != teacher.shape[2:]:
             student = F.interpolate(student, teacher.shape[2:], mode="bilinear", antialias=True)
-        distance = ops.attention_loss(student, teacher, power=settings.attention_power)
-        positions = teacher.shape[2] * teacher.shape[3]
+        form = settings.attention_form
+        distance = ops.attention_loss(student, teacher, power=settings.attention_power, form=form)
+        positions = teacher.shape[2] * teacher.shape[3] if form == "sum" else 1
         total = total + distance * (weight * settings.attention_weight / positions)
     return total
 

@@ -18,6 +18,7 @@ from mimic_fast.config import (
     CLEAN_SET_FIELDS,
     DataSettings,
     EncoderSpec,
+    EvaluationSettings,
     Frozen,
     LossSettings,
     OptimSettings,
@@ -175,4 +176,5 @@ def _as_run(settings: PretrainSettings) -> Settings:
 
 def _identity(settings: Settings) -> str:
     run = RunSettings(max_steps=settings.run.max_steps)
-    return settings_json(settings.model_copy(update={"run": run}))
+    decisive = {"run": run, "evaluation": EvaluationSettings()}
+    return settings_json(settings.model_copy(update=decisive))

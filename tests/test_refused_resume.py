@@ -29,7 +29,7 @@ SPEC: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
-    for number in range(64):
+    for number in range(80):
         coarse = torch.rand(3, 3, 3, generator=generator).mul(255).to(torch.uint8).numpy()
         picture = Image.fromarray(coarse).resize((16, 16), Image.Resampling.BILINEAR)
         picture.save(root / f"{number:02d}.png")
@@ -100,8 +100,8 @@ def test_batch_that_no_image_is_left_for_is_refused_before_anything_is_written(
 ):
     events: list[Event] = []
 
-    with pytest.raises(UsageError, match="exceeds the 58 training images"):
-        purify(purification("optim.batch_size=60"), report=events.append)
+    with pytest.raises(UsageError, match="exceeds the 72 training images"):
+        purify(purification("optim.batch_size=75"), report=events.append)
 
     assert not any(event.phase == "locate" for event in events)
     assert contents(tmp_path / "run") == {}

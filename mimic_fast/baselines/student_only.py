@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxtyping import UInt8
 from torch import Tensor
 
-from mimic_fast.config import EncoderSpec, Settings
+from mimic_fast.config import EncoderSpec, LossSettings, Settings
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import export_encoder
 from mimic_fast.pretraining import train_contrastive
@@ -48,8 +48,13 @@ def student_only(
         report: Told of every step.
         stop: Polled every step.
     """
-    loss = settings.loss.model_copy(
-        update={"clone": 0.0, "attention_weight": 0.0, "contrastive": 1.0}
+    # Only what SimCLR itself has: hardening is for imitation and would handicap the floor.
+    loss = LossSettings(
+        clone=0.0,
+        attention_weight=0.0,
+        contrastive=1.0,
+        temperature=settings.loss.temperature,
+        projection=settings.loss.projection,
     )
     # Contrastive learning needs harder crops than distillation: the floor gets its own best ones.
     data = settings.data.model_copy(update={"crop_scale": CROP_SCALE})

@@ -58,6 +58,8 @@ def test_floor_is_written_and_trained_by_the_contrastive_loss_alone(pool, tmp_pa
     assert card["kind"] == "student_only"
     assert tuple(card["settings"]["data"]["crop_scale"]) == CROP_SCALE
     assert card["settings"]["loss"]["contrastive"] == 1.0
+    # Hardening would handicap the floor: what is compared with it must beat SimCLR at its best.
+    assert card["settings"]["loss"]["harden"]["probability"] == 0.0
 
 
 def test_floor_without_a_folder_writes_nothing(pool, tmp_path, monkeypatch):

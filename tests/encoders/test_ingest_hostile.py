@@ -198,6 +198,11 @@ class TestCard:
         with pytest.warns(UserWarning, match=r"teacher.json is not a readable card"):
             assert read_checkpoint(path).card == {"spec": {"image_size": 1}}
 
+    def test_that_is_too_large_is_ignored_with_a_warning(self, path):
+        path.with_suffix(".json").write_text('{"spec": {}}' + " " * 1_000_000)
+        with pytest.warns(UserWarning, match=r"teacher.json is not a readable card"):
+            assert read_checkpoint(path).card == {"spec": {"image_size": 1}}
+
     def test_that_would_download_is_refused(self, tmp_path, resnet_spec):
         spec = resnet_spec.model_dump(mode="json") | {"architecture": "timm:hf-hub:evil/x"}
         path = tmp_path / "x.pth"

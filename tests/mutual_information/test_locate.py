@@ -35,6 +35,7 @@ QUICK = Settings.model_validate({"mi": {"chunk": 16}})
 DV = Settings.model_validate(
     {"mi": {"estimator": "dv", "dv_epochs": 12, "dv_batch": 32, "chunk": 16}}
 )
+CLASS_TOKEN = {"pool": "class_token"}
 
 
 def run(
@@ -315,3 +316,34 @@ def test_locate_where_nothing_can_be_written_is_the_machines_error(command, tmp_
 if __name__ == "__main__":
     torch.set_num_threads(1)
     killed_worker(sys.argv[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [(QUICK, "resnet18 has none, maps are averaged"), (DV, "the dv estimator takes whole maps")],
+    ids=["resnet", "dv"],
+)
+def test_pool_that_is_ignored_is_named(tapped, pictures, settings, why):
+    wish = settings.model_copy(update={"mi": settings.mi.model_copy(update=CLASS_TOKEN)})
+
+    with pytest.warns(UserWarning, match=rf"mi\.pool.* is ignored: .*{why}"):
+        found = run(tapped("resnet"), pictures(80), wish)
+
+    assert found == run(tapped("resnet"), pictures(80), settings)
+
+
+def test_what_was_assumed_of_the_encoder_is_said(command, tapped, tmp_path):
+    plain = tmp_path / "plain.pth"
+    torch.save(tapped("resnet").encoder.backbone.state_dict(), plain)
+    given = {"teacher": plain, "stem": "small_stride2", "image_size": 16}
+    said: list[str] = []
+
+    locate(
+        command.model_copy(update={"encoder": EncoderSettings.model_validate(given)}),
+        lambda event: said.append(event.message),
+    )
+
+    assumed = [text for text in said if text.startswith("assumed of plain.pth")]
+    assert assumed == [
+        "assumed of plain.pth: mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]; see encoder.*"
+    ]
