@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mimic_fast.errors import MachineError, MimicError, UsageError
+from mimic_fast.errors import MachineError, MimicError, StoppedError, UsageError
 from mimic_fast.launch.commands import attack, config
 from mimic_fast.launch.commands.demo import demo
 from mimic_fast.launch.commands.evaluate import evaluate
@@ -64,7 +64,10 @@ def root(
 def main() -> None:
     """Entry point of ``mimic-fast``."""
     warnings.formatwarning = _one_line
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code in (0, StoppedError.exit_code):
+        _leave_process_group()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -86,6 +89,18 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     return _failed("interrupted; nothing was saved", code) if code == INTERRUPTED else code
+
+
+def _leave_process_group() -> None:
+    """Takes leave of the other processes where all of them end alike.
+
+    After an error of one process alone the others may wait in a collective, and so would this one.
+    """
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _failed(message: str, code: int) -> int:

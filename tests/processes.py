@@ -33,6 +33,7 @@ def main(file: str, function: str, folder: str, seconds: str) -> None:
         result = getattr(module, function)(**arguments)
     torch.save(result, Path(folder) / f"{os.environ['RANK']}.pt")
     if dist.is_initialized():
+        dist.barrier()  # gloo aborts a process whose peer is gone while its threads still talk
         dist.destroy_process_group()
 
 

@@ -143,7 +143,15 @@ def test_only_ops_imports_kernels():
 
 
 def test_kernels_import_torch_and_themselves_only():
-    allowed = ("torch", "triton", "jaxtyping", "mimic_fast.kernels", "math", "collections.abc", "typing")
+    allowed = (
+        "torch",
+        "triton",
+        "jaxtyping",
+        "mimic_fast.kernels",
+        "math",
+        "collections.abc",
+        "typing",
+    )
     wrong = [
         str(found)
         for found in ALL
