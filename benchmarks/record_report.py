@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "purification_cpu_202611.csv"
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "run", "seed", "preset", "encoder", "dataset", "probe", "metric", "value", "low", "high", "n",
     "sha256", "clean_images", "clean_fraction", "threads", "torch", "commit", "date",
 )  # fmt: skip
