@@ -89,12 +89,26 @@ def build_encoder(spec: EncoderSpec, *, seed: int | None = None) -> Encoder:
         return _build(spec)
 
 
-def _build(spec: EncoderSpec) -> Encoder:
+def count_weights(spec: EncoderSpec) -> int:
+    """Parameters of the backbone, counted without allocating them.
+
+    Raises:
+        UsageError: As in :func:`build_encoder`.
+    """
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in _backbone(spec).parameters())
+
+
+def _backbone(spec: EncoderSpec) -> nn.Module:
     library, _, name = spec.architecture.partition(":")
     _check_arguments(spec)
     make = _timm_backbone if library == "timm" else _torchvision_backbone
+    return make(name, spec)
+
+
+def _build(spec: EncoderSpec) -> Encoder:
     with torch.device("cpu"):
-        backbone = make(name, spec)
+        backbone = _backbone(spec)
         if spec.stem != "native":
             _replace_stem(backbone, spec)
         _check_patches(backbone, spec)

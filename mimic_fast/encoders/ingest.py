@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mimic_fast.config import EncoderSettings
-from mimic_fast.encoders.build import Encoder, build_encoder
+from mimic_fast.config import EncoderSettings, EncoderSpec
+from mimic_fast.encoders.build import Encoder, build_encoder, count_weights
 from mimic_fast.encoders.names import match_keys
 from mimic_fast.encoders.reasons import reason
 from mimic_fast.encoders.recognise import recognise_spec
@@ -26,6 +26,7 @@ from mimic_fast.progress import Event, Reporter
 
 METADATA_KEY = "mimic_fast"
 
+_SLACK = 2**27  # weights, half a gigabyte, that any file may lack before it counts as a bomb
 _RECOGNISE = EncoderSettings()
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _LARGEST_CARD = 1_000_000  # bytes
@@ -134,6 +135,7 @@ def fill_encoder(checkpoint: Checkpoint, settings: EncoderSettings = _RECOGNISE)
         UnsafeInputError: If the card is not valid.
     """
     found = recognise_spec(checkpoint.tensors, settings, checkpoint.card)
+    _check_size(found.spec, checkpoint)
     # Seeded, so that loading draws nothing from the global random state.
     encoder = build_encoder(found.spec, seed=0)
     own = encoder.backbone.state_dict()
@@ -157,6 +159,18 @@ def fill_encoder(checkpoint: Checkpoint, settings: EncoderSettings = _RECOGNISE)
         unused=match.unused,
         assumed=found.assumed,
     )
+
+
+def _check_size(spec: EncoderSpec, checkpoint: Checkpoint) -> None:
+    # A card may ask for an encoder that fills the memory, so the file must hold about as many
+    # weights. Only about: what does not fit exactly is told key by key later.
+    held = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    needed = count_weights(spec)
+    if needed > 2 * held + _SLACK:
+        raise UsageError(
+            f"{checkpoint.path}: {spec.architecture} with these arguments needs {needed:,} "
+            f"weights, the file holds {held:,}; give the encoder.* settings that fit it"
+        )
 
 
 def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:

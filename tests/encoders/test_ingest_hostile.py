@@ -211,6 +211,15 @@ class TestCard:
         with pytest.raises(UsageError, match="would be downloaded"):
             load_encoder(path)
 
+    def test_that_asks_for_far_more_than_the_file_holds_is_refused(self, tmp_path, resnet_spec):
+        huge = {"layers": [1, 1, 1, 1], "channels": [16384] * 4}  # 19 billion weights
+        spec = resnet_spec.model_dump(mode="json") | {"arguments": huge}
+        path = tmp_path / "x.pth"
+        torch.save(WEIGHTS, path)
+        path.with_suffix(".json").write_text(json.dumps({"spec": spec}))
+        with pytest.raises(UsageError, match=r"needs \d[\d,]+ weights, the file holds"):
+            load_encoder(path)
+
     def test_that_does_not_fit_the_weights_is_refused(self, tmp_path, resnet_spec, trained):
         wide = resnet_spec.model_copy(update={"arguments": {"layers": [2, 2, 2, 2]}})
         path = tmp_path / "x.pth"
