@@ -10,6 +10,7 @@ from mimic_fast.progress import Event, Reporter
 
 @pytest.fixture(autouse=True)
 def wide_terminal_on_rank_0(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # rich takes a dumb terminal for 80 columns wide
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("RANK", raising=False)
 
