@@ -60,7 +60,8 @@ core: venv
 	$(call install,.,core all,mimic_fast)
 
 all: venv
-	$(call install,.[all$(,)dev],all,mimic_fast pytest pytest-timeout hypothesis beartype ruff basedpyright)
+	$(call install,.[all$(,)dev],all,mimic_fast pytest pytest-timeout hypothesis beartype ruff basedpyright \
+	  fast-histogram scikit-learn)
 
 # One that was only half made, or whose Python is gone, is made again; never one that is not ours.
 venv:

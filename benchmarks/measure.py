@@ -98,19 +98,32 @@ def ensure_malloc_settings() -> None:
         os.execve(sys.executable, command, {**os.environ, **missing})
 
 
+def cpu_clock(candidate: Callable[[], object], calls: int) -> tuple[float, float]:
+    """Seconds a call, on the clock and of CPU."""
+    gc.collect()  # nobody pays for another's garbage
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        candidate()
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
     warmup: int,
+    calls: Mapping[str, int] | None = None,
+    clock: Callable[[Callable[[], object], int], tuple[float, float]] = cpu_clock,
     report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Timing]:
-    """Times every candidate once a round, each round starting with another one.
+    """Times every candidate in every round, each round starting with another one.
 
     Args:
         candidates: What to time, by name; called without arguments, the result is dropped.
         rounds: Timed rounds.
         warmup: Rounds before them, not timed.
+        calls: How often each is called in a round, one after the other; None: once.
+        clock: Calls a candidate so often; seconds a call, as :class:`Timing` has them.
         report: Told one line a round.
     """
     wall: dict[str, list[float]] = {name: [] for name in candidates}
@@ -119,11 +132,11 @@ def interleaved(
         shift = number % len(candidates)
         names = list(candidates)
         for name in names[shift:] + names[:shift]:
-            seconds, cpu_seconds = _timed(candidates[name])
+            seconds, cpu_seconds = clock(candidates[name], calls[name] if calls else 1)
             if number >= 0:
                 wall[name].append(seconds)
                 cpu[name].append(cpu_seconds)
-        last = ", ".join(f"{name} {times[-1]:.3f} s" for name, times in wall.items() if times)
+        last = ", ".join(f"{name} {times[-1]:.4g} s" for name, times in wall.items() if times)
         report(f"round {number + 1}/{rounds}: {last or 'warm-up'}")
     return {name: Timing(wall=tuple(wall[name]), cpu=tuple(cpu[name])) for name in candidates}
 
@@ -132,9 +145,9 @@ def timing_rows(case: Case, timing: Timing, *, images: int, machine: Machine) ->
     """Of one candidate: seconds a step on the clock and of CPU, images per second of wall time."""
     rates = [images / seconds for seconds in timing.wall]
     return [
-        _row(case, "wall_time", "s", timing.wall, min(timing.wall), machine),
-        _row(case, "cpu_time", "s", timing.cpu, min(timing.cpu), machine),
-        _row(case, "throughput", "images/s", rates, max(rates), machine),
+        spread_row(case, "wall_time", "s", timing.wall, min(timing.wall), machine),
+        spread_row(case, "cpu_time", "s", timing.cpu, min(timing.cpu), machine),
+        spread_row(case, "throughput", "images/s", rates, max(rates), machine),
     ]
 
 
@@ -146,13 +159,30 @@ def ratio_rows(case: Case, timing: Timing, baseline: Timing, *, machine: Machine
         ("cpu", timing.cpu, baseline.cpu),
     ):
         ratios = [b / a for a, b in zip(own, other, strict=True)]
-        rows.append(_row(case, f"{name}_speedup", "x", ratios, min(other) / min(own), machine))
+        rows.append(spread_row(case, f"{name}_speedup", "x", ratios, min(other) / min(own), machine))
     return rows
+
+
+def spread_row(
+    case: Case, metric: str, unit: str, values: Sequence[float], best: float, machine: Machine
+) -> Row:
+    """A figure of every round, and that of the fastest one."""
+    p20, p50, p80 = (f"{value:.6g}" for value in np.percentile(values, [20, 50, 80]))
+    return Row(
+        **asdict(case),
+        metric=metric,
+        unit=unit,
+        p20=p20,
+        p50=p50,
+        p80=p80,
+        **asdict(machine),
+        min=f"{best:.6g}",
+    )
 
 
 def single_row(case: Case, metric: str, unit: str, value: float, *, machine: Machine) -> Row:
     """A figure that was measured once."""
-    row = _row(case, metric, unit, [value], value, machine)
+    row = spread_row(case, metric, unit, [value], value, machine)
     return {**row, "p20": "", "p80": "", "min": ""}
 
 
@@ -185,29 +215,6 @@ def this_machine(*, threads: int) -> Machine:
         triton=_version("triton"),
         commit=_commit(),
         date=date.today().isoformat(),
-    )
-
-
-def _timed(candidate: Callable[[], object]) -> tuple[float, float]:
-    gc.collect()  # nobody pays for another's garbage
-    wall, cpu = time.perf_counter(), time.process_time()
-    candidate()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _row(
-    case: Case, metric: str, unit: str, values: Sequence[float], best: float, machine: Machine
-) -> Row:
-    p20, p50, p80 = (f"{value:.6g}" for value in np.percentile(values, [20, 50, 80]))
-    return Row(
-        **asdict(case),
-        metric=metric,
-        unit=unit,
-        p20=p20,
-        p50=p50,
-        p80=p80,
-        **asdict(machine),
-        min=f"{best:.6g}",
     )
 
 

@@ -40,6 +40,14 @@ AllowBudget = Annotated[
     typer.Option("--allow-budget", help="Permit more images than data.budget, 5 % by default."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+ForceOp = Annotated[
+    str | None,
+    typer.Option(
+        "--force-op",
+        metavar="PATH",
+        help="Run losses and histograms on reference, compiled, triton or cpp, not the fastest.",
+    ),
+]
 Downstream = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,6 +14,7 @@ import typer
 
 from mimic_fast.errors import MachineError, MimicError, StoppedError, UsageError
 from mimic_fast.launch.commands import attack, config
+from mimic_fast.launch.commands.aot import aot
 from mimic_fast.launch.commands.demo import demo
 from mimic_fast.launch.commands.evaluate import evaluate
 from mimic_fast.launch.commands.inspect import inspect
@@ -35,7 +36,7 @@ app = typer.Typer(
 for command in (demo, purify, locate, evaluate):
     app.command()(command)
 app.add_typer(attack.app, name="attack")
-for command in (pretrain, inspect):
+for command in (pretrain, inspect, aot):
     app.command()(command)
 app.add_typer(config.app, name="config")
 

@@ -195,6 +195,14 @@ class LossSettings(Frozen):
     """Step B: what the student minimizes."""
 
     clone: float = Field(default=1.0, ge=0, description="weight of the clone loss")
+    clone_form: Literal["cosine", "mse"] = Field(
+        default="cosine", description="minus the mean cosine, or the mean squared difference"
+    )
+    dense: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the clone loss between the positions of the last tap (tokens, map)",
+    )
     attention_weight: float = Field(
         default=0.001,
         ge=0,
@@ -216,8 +224,10 @@ class LossSettings(Frozen):
 
     @model_validator(mode="after")
     def _something_to_minimize(self) -> "LossSettings":
-        if self.clone == self.attention_weight == self.contrastive == 0:
-            raise ValueError("one of clone, attention_weight and contrastive must be above 0")
+        if self.clone == self.dense == self.attention_weight == self.contrastive == 0:
+            raise ValueError(
+                "one of clone, dense, attention_weight and contrastive must be above 0"
+            )
         return self
 
 
@@ -253,6 +263,10 @@ class RunSettings(Frozen):
     keep: int = Field(default=2, ge=1, description="run states kept")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+    force_op: Literal["reference", "compiled", "triton", "cpp"] | None = Field(
+        default=None,
+        description="what losses and histograms run on (compiled: losses only); None: the fastest",
+    )
 
 
 class DownstreamSettings(Frozen):

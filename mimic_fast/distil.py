@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mimic_fast import ops
 from mimic_fast.batchnorm import synchronize_batchnorm
 from mimic_fast.checkpoint import newest_meta, refuse_other_run
 from mimic_fast.config import EvaluationSettings, RunSettings, Settings
@@ -111,6 +112,20 @@ def purify(
     accelerator, processes = start(settings.run, settings.optim, expected_world=world)
     wait_for_all(processes)  # all have looked for an earlier run before one writes
     report(Event(phase="start", message=_running(processes, settings)))
+    dtype = torch.float64 if settings.optim.precision == "fp64" else torch.float32
+    with ops.force_for_run(settings.run.force_op, processes.device, dtype):
+        return _purify(settings, out, began, accelerator, processes, report, stop)
+
+
+def _purify(
+    settings: Settings,
+    out: Path,
+    began: float,
+    accelerator: "Accelerator",
+    processes: Processes,
+    report: Reporter,
+    stop: Callable[[], bool],
+) -> PurifyResult:
     setup = _set_up(settings, processes, report)
     if processes.is_main:
         write_atomic(out / "config.json", settings_json(settings).encode())

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,3 +74,9 @@ def machine_errors(path: Path) -> Iterator[None]:
                 f"cannot write {path}: {error.strerror}; free space or choose a writable --out"
             ) from None
         raise
+
+
+def user_cache() -> Path:
+    """The folder of this user in which fetched data and built kernels are kept."""
+    home = Path.home()
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mimic_fast"

@@ -15,10 +15,11 @@ from mimic_fast.distributed import Processes, gather_with_gradient
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Losses:
-    """Terms of one step, each a scalar tensor; ``attention`` is already weighted by layer."""
+    """Terms of one step, each a scalar; ``attention`` and ``dense`` are weighted already."""
 
     total: Tensor
     clone: Tensor
+    dense: Tensor
     attention: Tensor
     contrastive: Tensor
 
@@ -85,11 +86,24 @@ def contrastive_loss(
 
 
 def total_loss(
-    *, clone: Tensor, attention: Tensor, contrastive: Tensor, settings: LossSettings
+    *,
+    clone: Tensor,
+    attention: Tensor,
+    contrastive: Tensor,
+    settings: LossSettings,
+    dense: Tensor | None = None,
 ) -> Losses:
-    """L = w_clone L_clone + sum_l lambda_l L_att,l + w_con L_con."""
+    """L = w_clone L_clone + sum_l lambda_l L_att,l + w_con L_con, and the dense clone loss."""
     total = settings.clone * clone + attention + settings.contrastive * contrastive
-    return Losses(total=total, clone=clone, attention=attention, contrastive=contrastive)
+    if dense is None:
+        dense = torch.zeros_like(total)
+    return Losses(
+        total=total + dense,
+        clone=clone,
+        dense=dense,
+        attention=attention,
+        contrastive=contrastive,
+    )
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

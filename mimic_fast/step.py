@@ -8,8 +8,9 @@ from mimic_fast import ops
 from mimic_fast.config import Settings
 from mimic_fast.data.loader import Batch
 from mimic_fast.distributed import Processes
-from mimic_fast.encoders.taps import TappedEncoder
-from mimic_fast.losses import Losses, contrastive_loss, total_loss, weighted_attention_loss
+from mimic_fast.encoders.taps import Listener, TappedEncoder
+from mimic_fast.layer_losses import summed, teacher_side
+from mimic_fast.losses import Losses, contrastive_loss, total_loss
 
 
 class Student(nn.Module):
@@ -29,11 +30,16 @@ class Student(nn.Module):
                 )
 
     def forward(
-        self, images: Float[Tensor, "images channel height width"]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """Features, feature maps of the taps, projections."""
-        features, maps = self.tapped(images)
-        return features, maps, self.projection(features) if self.projection is not None else None
+        self,
+        images: Float[Tensor, "images channel height width"],
+        listener: Listener | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features and projections; ``listener`` takes part at the taps."""
+        if listener is None:
+            features = self.tapped.encoder(images)
+        else:
+            features = self.tapped.listened(images, listener)
+        return features, self.projection(features) if self.projection is not None else None
 
 
 def step_losses(
@@ -45,30 +51,37 @@ def step_losses(
     *,
     settings: Settings,
     processes: Processes,
+    live: frozenset[int] = frozenset(),
 ) -> Losses:
-    """Losses of a batch: the student sees it once (twice with a second view), the teacher once."""
-    size = batch.ids.shape[0]
-    second = [] if batch.v2 is None else [batch.v2]
-    features, maps, projected = student(torch.cat([student_view, *second]))
-    zero = features.new_zeros(())
-    clone = attention = contrastive = zero
+    """Losses of a batch: the student sees it once (twice with a second view), the teacher once.
+
+    Args:
+        student: A :class:`Student`, wrapped for its processes.
+        teacher: Frozen; None: no clone and attention losses.
+        batch: What the teacher sees, and the student's second view.
+        student_view: The student's first view.
+        layer_weights: lambda_l by tap.
+        settings: Weights and forms of the losses.
+        processes: The contrastive loss runs over all of them.
+        live: Taps whose output the student's network changes in place (``rewritten_taps``).
+    """
+    loss, size = settings.loss, batch.ids.shape[0]
+    side = None
     if teacher is not None:
-        with torch.no_grad():
-            target, teacher_maps = teacher(batch.v1)
-        clone = ops.clone_loss(features[:size], target)
-        if any(layer_weights):
-            own = [feature_map[:size] for feature_map in maps]
-            attention = weighted_attention_loss(
-                own, teacher_maps, layer_weights, settings=settings.loss
-            )
+        side = teacher_side(teacher, batch.v1, layer_weights, settings=loss, live=live)
+    listener = None if side is None else side.listener
+    second = [] if batch.v2 is None else [batch.v2]
+    features, projected = student(torch.cat([student_view, *second]), listener)
+    zero = features.new_zeros(())
+    attention, dense = summed(listener, zero=zero)
+    clone = contrastive = zero
+    if side is not None:
+        clone = ops.clone_loss(features[:size], side.features, kind=loss.clone_form)
     if batch.v2 is not None and projected is not None:
         first, other = projected.split(size)
         contrastive = contrastive_loss(
-            first,
-            other,
-            temperature=settings.loss.temperature,
-            processes=processes,
+            first, other, temperature=loss.temperature, processes=processes
         )
     return total_loss(
-        clone=clone, attention=attention, contrastive=contrastive, settings=settings.loss
+        clone=clone, dense=dense, attention=attention, contrastive=contrastive, settings=loss
     )

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from mimic_fast import checkpoint
+from mimic_fast import checkpoint, ops
 from mimic_fast.config import Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.harden import hardened
 from mimic_fast.data.loader import Batch, batch_ids, epoch_order, make_batch, steps_per_epoch
 from mimic_fast.distributed import Processes, any_process, broadcast_json, wait_for_all
-from mimic_fast.encoders.taps import TappedEncoder
+from mimic_fast.encoders.taps import TappedEncoder, rewritten_taps
 from mimic_fast.errors import DivergedError, StoppedError, UsageError
 from mimic_fast.losses import Losses
 from mimic_fast.metrics_log import append_metrics, truncate_metrics
@@ -45,6 +45,7 @@ from mimic_fast.training_state import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_TERMS = ("loss", "clone", "dense", "attention", "contrastive")
 _FLUSH_STEPS = {"cpu": 1, "cuda": 20}  # steps between host reads of losses and flags
 
 
@@ -171,9 +172,10 @@ class _Loop:
         self.optimizer = build_optimizer(task.student, optim)
         self.average = averaged_state(task.student) if optim.ema else None
         self.wrapped = accelerator.prepare_model(task.student)
+        self.live = frozenset() if task.teacher is None else rewritten_taps(task.student.tapped)
         self.parameters = [p for p in task.student.parameters() if p.requires_grad]
         self.buffers = [b for b in task.student.buffers() if b.is_floating_point()]
-        self.pending: list[tuple[int, float, Tensor, Tensor]] = []
+        self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, int]]] = []
         self.skipped = self.nonfinite_in_a_row = 0
         self.last_row: dict[str, float] = {}
 
@@ -214,6 +216,7 @@ class _Loop:
         )
         set_learning_rate(self.optimizer, rate)
         before = [buffer.clone() for buffer in self.buffers]
+        self.calls_before = ops.calls()
         with self.accelerator.autocast() if settings.optim.precision == "bf16" else nullcontext():
             losses = step_losses(
                 self.wrapped,
@@ -223,6 +226,7 @@ class _Loop:
                 task.layer_weights,
                 settings=settings,
                 processes=self.processes,
+                live=self.live,
             )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -242,30 +246,38 @@ class _Loop:
         # Fused optimizers skip a step whose found_inf is 1: on the device, on all processes alike.
         self.optimizer.found_inf = flags[0]  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
-        terms = (losses.total, losses.clone, losses.attention, losses.contrastive, norm)
+        terms = (
+            losses.total,
+            losses.clone,
+            losses.dense,
+            losses.attention,
+            losses.contrastive,
+            norm,
+        )
         row = torch.stack([*(term.detach().double() for term in terms), *flags.double()])
-        self.pending.append((step + 1, rate, ids, row))
+        ran = dict(ops.calls() - self.calls_before)
+        self.pending.append((step + 1, rate, ids, row, ran))
         return flags
 
     def flush(self) -> bool:
         """Reads the pending rows, logs them and tells whether any process was asked to stop."""
-        rows = torch.stack([row for *_, row in self.pending])
-        local = rows[:, :4].clone()
+        rows = torch.stack([row for *_, row, _ in self.pending])
+        local = rows[:, : len(_TERMS)].clone()
         if self.processes.world > 1:
             dist.all_reduce(local)
             local /= self.processes.world
         stopped = False
         lines = []
-        for (step, rate, ids, _), means, row in zip(
+        for (step, rate, ids, _, ran), means, row in zip(
             self.pending, local.tolist(), rows.tolist(), strict=True
         ):
-            names = ("loss", "clone", "attention", "contrastive")
-            self.last_row = dict(zip(names, means, strict=True)) | {"lr": rate, "grad_norm": row[4]}
-            stopped |= row[6] > 0
-            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if row[5] else 0
-            self.skipped += int(row[5] > 0)
-            line = {"step": step, **self.last_row, "skipped": bool(row[5])}
-            lines.append(line | ({"ids": ids.tolist()} if row[5] else {}))
+            norm, bad, asked = row[len(_TERMS) :]
+            self.last_row = dict(zip(_TERMS, means, strict=True)) | {"lr": rate, "grad_norm": norm}
+            stopped |= asked > 0
+            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
+            self.skipped += int(bad > 0)
+            line = {"step": step, **self.last_row, "skipped": bool(bad), "ops": ran}
+            lines.append(line | ({"ids": ids.tolist()} if bad else {}))
             if self.nonfinite_in_a_row >= self.settings.optim.max_nonfinite:
                 self._log(lines)
                 raise DivergedError(

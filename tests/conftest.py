@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Triton reads this when it is first imported: its kernels then run on the CPU, slowly.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)
 # A slow example on a busy machine is no failure.
 settings.register_profile("mimic_fast", deadline=None)
@@ -25,6 +29,27 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the reference images of ../shared/data")
     return folder
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New float tensors hold NaN and integer ones a large number: no lane is right by luck."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: Any, **settings: Any) -> torch.Tensor:
+            tensor = allocate(*args, **settings)
+            poison = float("nan") if tensor.is_floating_point() else 77
+            return tensor.fill_(poison) if tensor.dtype != torch.bool else tensor
+
+        return empty
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from mimic_fast.launch.arguments import (
     AllowBudget,
     Data,
     Device,
+    ForceOp,
     Json,
     Out,
     Overrides,
@@ -30,6 +31,7 @@ def locate(
     resume: Resume = None,
     allow_budget: AllowBudget = None,
     device: Device = None,
+    force_op: ForceOp = None,
     as_json: Json = False,
 ) -> None:
     """Measure where the benign knowledge lies: mutual information per layer, with intervals."""
@@ -39,7 +41,7 @@ def locate(
         **given(seed=seed),
         "encoder": given(teacher=teacher),
         "data": given(source=data, allow_budget=allow_budget),
-        "run": given(out=out, resume=resume, device=device),
+        "run": given(out=out, resume=resume, device=device, force_op=force_op),
     }
     settings = load_settings(recipe, preset=preset, overrides=overrides or (), values=values)
 

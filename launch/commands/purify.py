@@ -9,6 +9,7 @@ from mimic_fast.launch.arguments import (
     Data,
     Device,
     Downstream,
+    ForceOp,
     Json,
     Out,
     Overrides,
@@ -41,6 +42,7 @@ def purify(
     student_only: StudentOnly = None,
     clean: CleanEncoder = None,
     device: Device = None,
+    force_op: ForceOp = None,
     as_json: Json = False,
 ) -> None:
     """Purify a suspect encoder with a few clean images; the result is a drop-in replacement.
@@ -54,7 +56,7 @@ def purify(
         **given(seed=seed),
         "encoder": given(teacher=teacher),
         "data": given(source=data, allow_budget=allow_budget),
-        "run": given(out=out, resume=resume, device=device),
+        "run": given(out=out, resume=resume, device=device, force_op=force_op),
         "evaluation": given(
             downstream=downstream_values(downstream),
             attack=attack,

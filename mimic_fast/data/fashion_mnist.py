@@ -7,7 +7,6 @@ pixels in 10 classes.
 
 import hashlib
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ from mimic_fast.data.fashion_mnist_ways import (
 )
 from mimic_fast.data.items import CorruptItemError, Source
 from mimic_fast.errors import MachineError, UsageError
-from mimic_fast.files import sha256_file, write_atomic
+from mimic_fast.files import sha256_file, user_cache, write_atomic
 from mimic_fast.progress import Event, Reporter, silent
 
 CLASSES = (
@@ -58,12 +57,6 @@ SHA256 = {
 _SIZE = 28
 _STALE_SECONDS = 3600
 _IMAGE_HEADER, _LABEL_HEADER = 16, 8  # idx files: magic and dimensions, then bytes
-
-
-def user_cache() -> Path:
-    """The folder of this user in which fetched data is kept."""
-    home = Path.home()
-    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mimic_fast"
 
 
 def open_fashion_mnist(

@@ -6,9 +6,9 @@ care. ViT tokens become maps by dropping class and register tokens and restoring
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,15 @@ FeatureMap = Float[Tensor, "batch _ _ _"]
 
 # Module lists that hold a network's stages or blocks, by library.
 _CONTAINERS = ("blocks", "stages", "layers", "encoder.layers", "features", "trunk_output")
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Takes each tap's activation while the encoder runs; it goes on with what is returned."""
+
+    def tap(self, index: int, activation: Tensor, *, prefix: int = 0) -> Tensor:
+        """A map ``[B, C, H, W]``, tokens ``[B, N, C]`` or features ``[B, D]``."""
+        ...
 
 
 class TappedEncoder(nn.Module):
@@ -60,6 +69,17 @@ class TappedEncoder(nn.Module):
         features, outputs = self._run(images)
         return features, tuple(map(self._feature_map, self.taps, outputs))
 
+    def listened(
+        self, images: Float[Tensor, "batch channel height width"], listener: Listener
+    ) -> Float[Tensor, "batch feature"]:
+        """Features, with every tap's activation handed to ``listener`` as it lies in memory.
+
+        Raises:
+            UsageError: As in ``forward``.
+        """
+        features, _ = self._run(images, listener)
+        return features
+
     def pooled(
         self,
         images: Float[Tensor, "batch channel height width"],
@@ -89,12 +109,22 @@ class TappedEncoder(nn.Module):
                 vectors.append(self._feature_map(tap, output).mean((2, 3)))
         return features, tuple(vectors)
 
-    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, images: Tensor, listener: Listener | None = None) -> tuple[Tensor, list[Tensor]]:
         caught: dict[str, list[Any]] = {tap: [] for tap in self.taps}
+
+        def catcher(index: int, tap: str) -> Callable[[Any], Tensor | None]:
+            def catch(output: Any) -> Tensor | None:
+                caught[tap].append(output)
+                if listener is None or not isinstance(output, Tensor) or len(caught[tap]) > 1:
+                    return None
+                return self._heard(listener, index, tap, output)
+
+            return catch
+
         with ExitStack() as hooks:
-            for tap in self.taps:
+            for index, tap in enumerate(self.taps):
                 module = self.encoder.backbone.get_submodule(tap)
-                hooks.enter_context(_hooked(module, caught[tap]))
+                hooks.enter_context(_hooked(module, catcher(index, tap)))
             features = self.encoder(images)
         for tap, outputs in caught.items():
             if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
@@ -103,6 +133,16 @@ class TappedEncoder(nn.Module):
                     f"tap layer {tap!r} {what} in a forward; it must run once and return a tensor"
                 )
         return features, [outputs[0] for outputs in caught.values()]
+
+    def _heard(self, listener: Listener, index: int, tap: str, output: Tensor) -> Tensor:
+        feature_map = self._feature_map(tap, output)
+        if output.ndim == 3:
+            return listener.tap(index, output, prefix=_prefix_tokens(self.encoder.backbone))
+        if output.ndim == 2:
+            return listener.tap(index, output)
+        heard = listener.tap(index, feature_map)
+        # A view in another order of axes, as _feature_map makes of NHWC, goes back as it came.
+        return heard if feature_map is output else heard.permute(0, 2, 3, 1)
 
     def _feature_map(self, tap: str, output: Tensor) -> Tensor:
         backbone = self.encoder.backbone
@@ -193,10 +233,33 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                         buffer.copy_(before)
 
 
+def rewritten_taps(tapped: TappedEncoder) -> frozenset[int]:
+    """Numbers of the taps whose output the network changes in place after they ran."""
+    spec, mean = tapped.encoder.spec, tapped.encoder.mean
+    image = mean.new_zeros(1, spec.in_channels, spec.image_size, spec.image_size)
+    seen = _Versions()
+    with undisturbed(tapped), torch.no_grad():
+        tapped.listened(image, seen)
+    return frozenset(
+        n for n, (output, version) in seen.outputs.items() if output._version > version
+    )
+
+
+class _Versions:
+    """Keeps every activation with the number of changes it had seen when it was tapped."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, tuple[Tensor, int]] = {}
+
+    def tap(self, index: int, activation: Tensor, *, prefix: int = 0) -> Tensor:
+        self.outputs[index] = activation, activation._version
+        return activation
+
+
 @contextmanager
-def _hooked(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(output)
+def _hooked(module: nn.Module, catch: Callable[[Any], Tensor | None]) -> Iterator[None]:
+    def keep(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        return catch(output)
 
     handle = module.register_forward_hook(keep)
     try:

@@ -6,12 +6,11 @@ Process 0 bins; every process counts its share of the images; integers are summe
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from mimic_fast.distributed import Processes, broadcast_tensors, sum_counts
-from mimic_fast.mutual_information.histogram import equal_mass_codes
-from mimic_fast.ops import joint_histogram
+from mimic_fast.ops import equal_mass_codes, joint_histogram
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,24 +53,17 @@ def count_pairs(
     sides = [] if coordinates is None else [equal_mass_codes(v, bins=bins) for v in coordinates]
     x_codes, y_codes = broadcast_tensors(sides, processes)
     images = x_codes.shape[1]
-    share = slice(
-        processes.rank * images // processes.world, (processes.rank + 1) * images // processes.world
+    share = (
+        processes.rank * images // processes.world,
+        (processes.rank + 1) * images // processes.world,
     )
-    group = jackknife_group(images, num_groups=num_groups).to(x_codes.device)[share]
-    x_share = x_codes[:, share]
-    counts = joint_histogram(x_share, y_codes[:, share], group, bins=bins, num_groups=num_groups)
-    rolled = [
-        _count_all(x_share, y_codes.roll(1 + turn * (images - 1) // shuffles, 1)[:, share], bins)
-        for turn in range(shuffles)
-    ]
+    group = jackknife_group(images, num_groups=num_groups).to(x_codes.device)
+    counts = joint_histogram(
+        x_codes, y_codes, group, bins=bins, num_groups=num_groups, images=share
+    )
+    rolls = tuple(1 + turn * (images - 1) // shuffles for turn in range(shuffles))
+    rolled = joint_histogram(x_codes, y_codes, bins=bins, rolls=rolls, images=share)
     return PairCounts(
-        groups=sum_counts(counts, processes).cpu(),
-        shuffled=sum_counts(torch.stack(rolled), processes).cpu(),
+        groups=sum_counts(counts[0], processes).cpu(),
+        shuffled=sum_counts(rolled[:, 0], processes).cpu(),
     )
-
-
-def _count_all(
-    x_codes: UInt8[Tensor, "pair image"], y_codes: UInt8[Tensor, "pair image"], bins: int
-) -> Int32[Tensor, "pair bins bins"]:
-    everything = torch.zeros(x_codes.shape[1], dtype=torch.int64, device=x_codes.device)
-    return joint_histogram(x_codes, y_codes, everything, bins=bins, num_groups=1)[0]

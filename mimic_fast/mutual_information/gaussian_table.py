@@ -15,12 +15,8 @@ import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
-from mimic_fast.mutual_information.histogram import (
-    chance_information,
-    equal_mass_codes,
-    plug_in_information,
-)
-from mimic_fast.ops import joint_histogram
+from mimic_fast.mutual_information.histogram import chance_information
+from mimic_fast.ops import equal_mass_codes, matched_information
 
 LARGEST_CORRELATION = 0.99  # above it the loss of the bins is most of the answer
 _NODES = 33
@@ -88,9 +84,7 @@ def _powers(z: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape term"]:
 def _binned_information(
     x_codes: UInt8[Tensor, "replicate image"], y_codes: UInt8[Tensor, "replicate image"], bins: int
 ) -> Float64[Tensor, " replicate"]:
-    everything = torch.zeros(x_codes.shape[1], dtype=torch.int64)
-    counts = joint_histogram(x_codes, y_codes, everything, bins=bins, num_groups=1)
-    return plug_in_information(counts[0])
+    return matched_information(x_codes, y_codes, bins=bins)[0].double()
 
 
 def _pointwise_information(

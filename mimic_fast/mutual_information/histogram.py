@@ -5,7 +5,7 @@ over batches: the plug-in estimate of one table from all images is what carries 
 """
 
 import torch
-from jaxtyping import Float, Float64, Int, UInt8
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from mimic_fast.errors import SelfTestError
@@ -45,40 +45,6 @@ def choose_bins(requested: int | str, images: int, *, force: bool) -> int:
 def plug_in_bias(bins: int, images: int) -> float:
     """Leading bias of the plug-in estimate of independent variables, nats."""
     return (bins - 1) ** 2 / (2 * max(1, images))
-
-
-def equal_mass_codes(
-    values: Float[Tensor, "pair image"], *, bins: int
-) -> UInt8[Tensor, "pair image"]:
-    """Bin of every image by its rank: K bins of equal mass, edges from all images given.
-
-    Equal values always share a bin: an edge that would fall inside a run of ties moves to the
-    nearer end of the run (bins may then be empty). Breaking ties by position would invent
-    independence.
-    """
-    pairs, images = values.shape
-    ordered = values.sort(dim=1).values
-    nominal = torch.arange(1, bins, device=values.device) * images // bins
-    at_cut = ordered[:, nominal.clamp(max=max(0, images - 1))]
-    run_start = torch.searchsorted(ordered, at_cut)
-    run_end = torch.searchsorted(ordered, at_cut, right=True)
-    cuts = torch.where(nominal - run_start <= run_end - nominal, run_start, run_end)
-    below = torch.searchsorted(ordered, values)
-    return torch.searchsorted(cuts, below, right=True).to(torch.uint8)
-
-
-def plug_in_information(
-    counts: Int[Tensor, "*table bins bins"],
-) -> Float64[Tensor, "*table"]:
-    """Mutual information of a table of counts as it stands, nats.
-
-    With f(c) = c log c, I = log n + (sum f(n_xy) - sum f(n_x) - sum f(n_y)) / n. Biased upward.
-    """
-    cells = _c_log_c(counts).sum(dim=(-2, -1))
-    rows = _c_log_c(counts.sum(dim=-1)).sum(dim=-1)
-    columns = _c_log_c(counts.sum(dim=-2)).sum(dim=-1)
-    images = counts.sum(dim=(-2, -1)).clamp(min=1).double()
-    return images.log() + (cells - rows - columns) / images
 
 
 def margin_entropy(margin: Int[Tensor, "*table bins"]) -> Float64[Tensor, "*table"]:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from mimic_fast import ops
 from mimic_fast.config import Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.clean_set import clean_images, write_clean_set
@@ -89,16 +90,17 @@ def locate(
     clean_set, images = clean_images(settings.data, spec, seed=settings.seed, report=report)
     sample = plain_view(images[:_SELF_TEST_IMAGES], image_size=spec.image_size)
     self_test(tapped["student"], tapped["teacher"], sample.to(processes.device))
-    result = locate_layers(
-        tapped[settings.mi.source],
-        images,
-        settings,
-        names=tapped["teacher"].taps,
-        processes=processes,
-        state_dir=None if out is None else out / "state" / "locate",
-        report=report,
-        stop=stop,
-    )
+    with ops.force_for_run(settings.run.force_op, processes.device, torch.float32):
+        result = locate_layers(
+            tapped[settings.mi.source],
+            images,
+            settings,
+            names=tapped["teacher"].taps,
+            processes=processes,
+            state_dir=None if out is None else out / "state" / "locate",
+            report=report,
+            stop=stop,
+        )
     if out is not None and processes.is_main:
         write_clean_set(clean_set, out)
         write_mutual_information(result, out)

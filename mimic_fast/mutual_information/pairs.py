@@ -18,8 +18,8 @@ from mimic_fast.mutual_information.gaussian_table import (
 from mimic_fast.mutual_information.histogram import (
     chance_information,
     margin_entropy,
-    plug_in_information,
 )
+from mimic_fast.ops import counted_information
 
 
 def score_correlations(
@@ -60,7 +60,7 @@ def pair_information(
     counts = torch.cat([whole, whole - groups])
     x_margin, y_margin = counts.sum(dim=-1), counts.sum(dim=-2)
     chance = chance_information(x_margin[0], y_margin[0])
-    corrected = plug_in_information(counts) - chance + table.loss(correlations)
+    corrected = counted_information(counts) - chance + table.loss(correlations)
     capped = gaussian_information(correlations)
     value = torch.where(correlations <= LARGEST_CORRELATION, corrected, capped)
     return value.minimum(margin_entropy(x_margin)).minimum(margin_entropy(y_margin))
@@ -72,4 +72,4 @@ def shuffled_information(
     """What the bins show of shuffled pairings beyond chance, summed over pairs: noise, nats."""
     first = shuffled[0]
     chance = chance_information(first.sum(dim=-1), first.sum(dim=-2))
-    return (plug_in_information(shuffled) - chance).sum(dim=1)
+    return (counted_information(shuffled) - chance).sum(dim=1)

@@ -12,7 +12,6 @@ from mimic_fast.data.fashion_mnist import (
     SHA256,
     fetch_fashion_mnist,
     open_fashion_mnist,
-    user_cache,
 )
 from mimic_fast.data.items import CorruptItemError
 from mimic_fast.data.sources import open_source, open_split

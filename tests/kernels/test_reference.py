@@ -1,16 +1,24 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mimic_fast.kernels.reference import (
+    MISSING,
     attention_loss,
     attention_map,
     clone_loss,
+    cross_histogram,
+    cross_information,
+    edge_codes,
     joint_histogram,
+    layer_losses,
+    matched_information,
     nt_xent,
+    power_map,
 )
 
 EPSILON = 1e-6
@@ -319,18 +327,113 @@ def test_joint_histogram_counts_every_image_once():
         for group, i, j in zip(groups.tolist(), x[pair].tolist(), y[pair].tolist(), strict=True):
             expected[group, pair, i, j] += 1
 
-    counts = joint_histogram(x, y, groups, bins=bins, num_groups=num_groups)
+    counts = joint_histogram(x, y, groups, bins=bins, num_groups=num_groups)[0]
 
     assert counts.dtype == torch.int32
     assert torch.equal(counts, expected)
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "group", "message"),
-    [(4, 0, 0, "codes"), (0, 4, 0, "codes"), (0, 0, 2, "groups"), (0, 0, -1, "groups")],
-)
-def test_joint_histogram_refuses_what_has_no_cell(x, y, group, message):
-    first, second = (torch.tensor([[0, code]], dtype=torch.uint8) for code in (x, y))
+def test_joint_histogram_leaves_out_what_has_no_bin():
+    x = torch.tensor([[0, 1, 255, 1]], dtype=torch.uint8)
+    y = torch.tensor([[1, 255, 0, 1]], dtype=torch.uint8)
 
-    with pytest.raises(ValueError, match=message):
-        joint_histogram(first, second, torch.tensor([0, group]), bins=4, num_groups=2)
+    counts = joint_histogram(x, y, bins=2)[0, 0, 0]
+
+    assert counts.tolist() == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("roll", [0, 1, 5, -2])
+def test_joint_histogram_pairs_an_image_with_the_rolled_one(roll):
+    x, y = torch.randint(0, 3, (2, 1, 7), generator=torch.Generator().manual_seed(1)).byte()
+    expected = torch.zeros(3, 3, dtype=torch.int32)
+    for image in range(2, 6):
+        expected[int(x[0, image]), int(y[0, (image - roll) % 7])] += 1
+
+    counts = joint_histogram(x, y, bins=3, rolls=(roll,), images=(2, 6))
+
+    assert torch.equal(counts[0, 0, 0], expected)
+
+
+def test_cross_histogram_has_every_pair_of_directions():
+    x, y = torch.randint(0, 4, (2, 3, 20), generator=torch.Generator().manual_seed(2)).byte()
+
+    counts = cross_histogram(x, y[:2], bins=4, rolls=(0, 3))
+
+    for i in range(3):
+        for j in range(2):
+            pair = joint_histogram(x[i : i + 1], y[j : j + 1], bins=4, rolls=(0, 3))
+            assert torch.equal(counts[:, i, j], pair[:, 0, 0])
+
+
+def test_edge_codes_are_those_of_numpy():
+    values = torch.tensor([[0.0, 0.5, 1.0, 2.0, 3.0, -0.1, 3.1, float("nan")]])
+    edges = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+
+    codes = edge_codes(values, edges)[0]
+
+    assert codes.tolist() == [0, 0, 1, 2, 2, MISSING, MISSING, MISSING]
+    counts = torch.bincount(codes[codes < 3], minlength=3)
+    inside = np.histogram(values[0][:-1].numpy(), edges[0].numpy())[0]
+    assert counts.tolist() == inside.tolist()
+
+
+def test_information_of_counts_is_that_of_the_definition():
+    x, y = torch.randint(0, 3, (2, 1, 50), generator=torch.Generator().manual_seed(3)).byte()
+    joint = np.histogram2d(x[0].numpy(), y[0].numpy(), bins=3, range=[[0, 3], [0, 3]])[0] / 50
+    outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    expected = (joint[joint > 0] * np.log((joint / outer)[joint > 0])).sum()
+
+    assert float(matched_information(x, y, bins=3)) == pytest.approx(expected, abs=1e-12)
+    assert float(cross_information(x, y, bins=3)) == pytest.approx(expected, abs=1e-12)
+    assert float(matched_information(x, y + 3, bins=3)) == 0  # no image counts
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("clone", ["none", "cosine", "mse"])
+@pytest.mark.parametrize("shape", [(3, 7, 5), (3, 5, 2, 3)], ids=["tokens", "map"])
+def test_layer_losses_are_the_losses_of_each_image(shape, clone, power):
+    student, teacher = randn(*shape), randn(*shape)
+    prefix = 2 if len(shape) == 3 else 0
+    weights = torch.tensor([0.7, 1.3], dtype=torch.float64)
+
+    found = layer_losses(student, teacher, None, weights, power=power, clone=clone, prefix=prefix)
+
+    for image in range(3):
+        own, other = student[image : image + 1], teacher[image : image + 1]
+        attention = attention_loss(own, other, power=power, prefix=prefix)
+        torch.testing.assert_close(found[0, image], 0.7 * attention)
+        expected = torch.zeros((), dtype=torch.float64)
+        if clone != "none":
+            expected = 1.3 * clone_loss(own, other, kind=clone, prefix=prefix)
+        torch.testing.assert_close(found[1, image], expected)
+
+
+@pytest.mark.parametrize("power", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("clone", ["none", "cosine", "mse"])
+def test_layer_losses_pass_gradcheck(clone, power):
+    student, teacher = randn(2, 4, 3).requires_grad_(), randn(2, 4, 3)
+    weights = torch.tensor([0.7, 1.3], dtype=torch.float64)
+
+    def losses(own):
+        return layer_losses(own, teacher, None, weights, power=power, clone=clone, prefix=1)
+
+    assert torch.autograd.gradcheck(losses, student)
+
+
+def test_layer_losses_need_no_teacher_where_its_power_map_is_given():
+    student, teacher = randn(2, 4, 3), randn(2, 4, 3)
+    weights = torch.tensor([0.7, 1.3], dtype=torch.float64)
+
+    given = layer_losses(student, None, power_map(teacher), weights)
+
+    torch.testing.assert_close(given, layer_losses(student, teacher, None, weights))
+
+
+def test_clone_loss_of_tokens_is_the_mean_over_positions():
+    student, teacher = randn(2, 5, 3), randn(2, 5, 3)
+    pairs = [(student[:, n], teacher[:, n]) for n in range(1, 5)]
+
+    for kind in ("cosine", "mse"):
+        each = torch.stack([clone_loss(own, other, kind=kind) for own, other in pairs])
+        found = clone_loss(student, teacher, kind=kind, prefix=1)
+        torch.testing.assert_close(found, each.mean())

@@ -2,7 +2,7 @@ import torch
 
 from mimic_fast.distributed import SINGLE
 from mimic_fast.mutual_information.counting import count_pairs, jackknife_group
-from mimic_fast.mutual_information.histogram import equal_mass_codes
+from mimic_fast.ops import equal_mass_codes
 
 
 def test_counts_are_those_of_the_codes_apart_for_every_group():

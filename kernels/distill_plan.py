@@ -1,0 +1,183 @@
+"""Which kernel of the fused distillation loss runs an activation, with which constants.
+
+The launchers and the ahead-of-time compiler take both from here, so that what was checked for
+spills is what runs.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import triton
+
+from mimic_fast.kernels.distill_blocks import plane_blocks, token_blocks, unrolled
+from mimic_fast.kernels.distill_planes import (
+    planes_bwd_kernel,
+    planes_fwd_kernel,
+    planes_power_kernel,
+)
+from mimic_fast.kernels.distill_tokens import (
+    tokens_bwd_kernel,
+    tokens_fwd_kernel,
+    tokens_power_kernel,
+)
+from mimic_fast.kernels.layout import Layout
+
+Clone = Literal["none", "cosine", "mse"]
+MOST_ROW = 4096  # positions of a power map that stay in registers between its passes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One launch.
+
+    Args:
+        kernel: The ``triton.jit`` function.
+        blocks: Programs of an image: the axes of the grid after that of images.
+        constants: Values of the constexpr arguments.
+        num_warps: Warps a program.
+        aligned: Whether all data can move 16 bytes at a time.
+    """
+
+    kernel: Any
+    blocks: tuple[int, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    aligned: bool
+
+
+@functools.lru_cache(maxsize=256)
+def plan_powers(features: tuple[Layout, ...], itemsize: int, *, power: float) -> Plan:
+    """Launch that computes the power maps of activations of one shape."""
+    constants, warps, aligned = _shape(features, features, itemsize, tensors=1, most_warps=4)
+    constants |= {"LAYERS": len(features), "POWER": float(power)}
+    del constants["TEACHER_IMAGE_STRIDES"], constants["TEACHER_ROW_STRIDES"]
+    tokens = features[0].kind == "tokens"
+    block = constants["BLOCK_N" if tokens else "BLOCK_P"]
+    return Plan(
+        kernel=tokens_power_kernel if tokens else planes_power_kernel,
+        blocks=(triton.cdiv(features[0].positions, block), len(features)),
+        constants=constants,
+        num_warps=warps,
+        aligned=aligned,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def plan_forward(
+    students: tuple[Layout, ...],
+    teachers: tuple[Layout, ...],
+    itemsize: int,
+    *,
+    power: float,
+    clone: Clone,
+    attention: bool,
+    given: bool,
+) -> Plan:
+    """Launch of the forward pass; ``given``: the teachers' power maps are."""
+    tensors = 2 if clone != "none" or (attention and not given) else 1
+    constants, warps, aligned = _shape(students, teachers, itemsize, tensors=tensors, most_warps=8)
+    constants |= _loss(power=power, clone=clone, attention=attention)
+    constants |= {"LAYERS": len(students), "GIVEN": given}
+    constants["BLOCK_ROW"] = min(MOST_ROW, triton.next_power_of_2(students[0].positions))
+    return Plan(
+        kernel=tokens_fwd_kernel if students[0].kind == "tokens" else planes_fwd_kernel,
+        blocks=(len(students),),
+        constants=constants,
+        num_warps=warps,
+        aligned=aligned,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def plan_backward(
+    student: Layout,
+    teacher: Layout,
+    itemsize: int,
+    *,
+    power: float,
+    clone: Clone,
+    attention: bool,
+    trunk: bool,
+) -> Plan:
+    """Launch of the backward pass of one layer."""
+    tensors = 1 + (clone != "none") + trunk
+    constants, warps, aligned = _shape(
+        [student], [teacher], itemsize, tensors=tensors, most_warps=4
+    )
+    constants |= _loss(power=power, clone=clone, attention=attention) | {"TRUNK": trunk}
+    for name in ("IMAGE_STRIDE", "ROW_STRIDE", "TEACHER_IMAGE_STRIDE", "TEACHER_ROW_STRIDE"):
+        (constants[name],) = constants.pop(f"{name}S")
+    del constants["STRIDED"], constants["UNROLL"]
+    if student.kind == "tokens":
+        blocks = (triton.cdiv(student.positions, constants["BLOCK_N"]),)
+    else:
+        rows = triton.cdiv(student.channels, constants["V"] * constants["BLOCK_R"])
+        constants["TILES"] = min(2, rows)
+        blocks = (
+            triton.cdiv(rows, constants["TILES"]),
+            triton.cdiv(student.positions, constants["BLOCK_P"]),
+        )
+    return Plan(
+        kernel=tokens_bwd_kernel if student.kind == "tokens" else planes_bwd_kernel,
+        blocks=blocks,
+        constants=constants,
+        num_warps=warps,
+        aligned=aligned,
+    )
+
+
+def _loss(*, power: float, clone: Clone, attention: bool) -> dict[str, Any]:
+    planes = attention + 2 * (clone == "cosine")
+    return {"POWER": float(power), "CLONE": clone, "ATTENTION": attention, "PLANES": planes}
+
+
+def _shape(
+    students: Sequence[Layout],
+    teachers: Sequence[Layout],
+    itemsize: int,
+    *,
+    tensors: int,
+    most_warps: int,
+) -> tuple[dict[str, Any], int, bool]:
+    """Constants of shape, strides and blocks; warps; whether all is aligned to 16 bytes."""
+    shape = students[0]
+    every = [*students, *teachers]
+    if shape.kind == "tokens":
+        blocks = token_blocks(shape.positions, shape.channels, itemsize, most_warps=most_warps)
+        row, piece = 1, shape.channels
+        iterations = triton.cdiv(shape.channels, blocks.block_c)
+        sizes = {"N": shape.positions, "BLOCK_N": blocks.block_n, "BLOCK_C": blocks.block_c}
+        row_strides = [layout.stride_position for layout in every]
+    else:
+        dense = all(layout.stride_channel == layout.positions for layout in every)
+        blocks = plane_blocks(
+            shape.positions, shape.channels, itemsize, dense=dense, most_warps=most_warps
+        )
+        row, piece = blocks.row, shape.positions * math.gcd(blocks.row, shape.channels)
+        iterations = triton.cdiv(shape.channels, row * blocks.block_r)
+        sizes = {"HW": shape.positions, "BLOCK_R": blocks.block_r, "BLOCK_P": blocks.block_p}
+        sizes["V"] = row
+        row_strides = [layout.stride_channel * row for layout in every]
+    image_strides = [layout.stride_image for layout in every]
+    constants = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations, tensors=tensors)}
+    constants |= _tables(image_strides, row_strides)
+    numbers = (piece, *image_strides, *row_strides)
+    aligned = all(number * itemsize % 16 == 0 for number in numbers)
+    return constants, blocks.num_warps, aligned
+
+
+def _tables(image_strides: list[int], row_strides: list[int]) -> dict[str, Any]:
+    """Strides by layer, students' and teachers'; one entry where all layers agree."""
+    layers = len(image_strides) // 2
+    tables = {
+        "IMAGE_STRIDES": tuple(image_strides[:layers]),
+        "ROW_STRIDES": tuple(row_strides[:layers]),
+        "TEACHER_IMAGE_STRIDES": tuple(image_strides[layers:]),
+        "TEACHER_ROW_STRIDES": tuple(row_strides[layers:]),
+    }
+    if all(len(set(table)) == 1 for table in tables.values()):
+        tables = {name: table[:1] for name, table in tables.items()}
+    return {**tables, "STRIDED": len(tables["IMAGE_STRIDES"])}

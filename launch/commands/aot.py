@@ -1,0 +1,167 @@
+"""``mimic-fast aot``: what the GPU kernels take, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import IO, Annotated, Any
+
+import typer
+
+from mimic_fast.errors import MachineError, SelfTestError
+from mimic_fast.launch.arguments import Json, print_json
+from mimic_fast.progress import Event, Reporter
+
+# Triton decides when it is imported whether it compiles or interprets, and this process may have
+# imported it, or a variable may tell it to interpret: so processes of their own compile, each a
+# part of the cases.
+_WORKER = """
+import dataclasses, json, sys
+from mimic_fast.kernels import aot
+part, parts, *targets = sys.argv[1:]
+rows, sys.stdout = sys.stdout, sys.stderr  # a compiler that has something to say prints it
+cases = aot.production_cases()
+order = [case.name for case in cases]
+for row in aot.compile_all(cases[int(part) :: int(parts)], targets):
+    found = dataclasses.asdict(row) | {"failures": aot.failures(row)}
+    print(json.dumps([order.index(row.case), len(cases), found]), file=rows, flush=True)
+"""
+_MOST_WORKERS = 8
+_COLUMNS = (
+    "specialization",
+    "target",
+    "registers",
+    "spills",
+    "shared",
+    "loads",
+    "stores",
+    "matrix",
+    "atomics",
+)
+
+
+class Target(StrEnum):
+    """What to compile for; ``gfx942_large`` is gfx942 with tensors of more than 2 GiB."""
+
+    SM_80 = "sm_80"
+    SM_90 = "sm_90"
+    SM_100 = "sm_100"
+    GFX942 = "gfx942"
+    GFX942_LARGE = "gfx942_large"
+
+
+def aot(
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 3 if a kernel spills or moves data narrowly.")
+    ] = False,
+    target: Annotated[
+        list[Target] | None, typer.Option("--target", help="Compile for this one; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every GPU kernel ahead of time and show registers, spills and access widths.
+
+    No GPU is needed. With --check, more than 128 registers, any spill or stack, and less than 99 %
+    of the data accesses 128-bit where alignment allows it are failures, a line each.
+    """
+    from mimic_fast.launch.progress import progress_bars
+
+    if find_spec("triton") is None:
+        raise MachineError("Triton is not installed; it comes with PyTorch for Linux")
+    with progress_bars() as report:
+        rows = compiled_rows(target or list(Target), report)
+    failures = [
+        f"{row['case']}, {row['target']}: {reason}" for row in rows for reason in row["failures"]
+    ]
+    if as_json:
+        print_json({"rows": rows, "failures": failures})
+    else:
+        _print_rows(rows)
+    if check and failures:
+        for failure in failures:
+            typer.echo(f"error: {failure}", err=True)
+        raise typer.Exit(SelfTestError.exit_code)
+
+
+def compiled_rows(targets: Sequence[str], report: Reporter) -> list[Mapping[str, Any]]:
+    """What every specialization takes on every target, in a fixed order.
+
+    Raises:
+        RuntimeError: If a process ends before it has done its part.
+    """
+    found: list[tuple[int, Mapping[str, Any]]] = []
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile("w+") as complaints:
+        workers = _started(targets, writing, complaints)
+        os.close(writing)
+        try:
+            with os.fdopen(reading) as lines:
+                for line in lines:
+                    index, cases, row = json.loads(line)
+                    found.append((index, row))
+                    done, total = len(found), cases * len(targets)
+                    report(Event(phase="compile", done=done, total=total, unit="kernels"))
+            codes = [worker.wait() for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()  # nothing if it has ended
+        if any(codes):
+            complaints.seek(0)
+            raise RuntimeError(f"compiling ended early: {complaints.read()[-2000:]}")
+    return [row for _, row in sorted(found, key=lambda item: item[0])]
+
+
+def _started(
+    targets: Sequence[str], rows: int, complaints: IO[str]
+) -> list[subprocess.Popen[bytes]]:
+    """A worker for every core, but for memory's sake no more than a few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = min(cores or 1, _MOST_WORKERS)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, str(part), str(parts), *targets],
+            stdout=rows,
+            stderr=complaints,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+        )
+        for part in range(parts)
+    ]
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for index, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    for row in rows:
+        spills = row["spilled"] + row["local_loads"] + row["local_stores"]
+        table.add_row(
+            row["case"],
+            row["target"],
+            str(row["registers"]),
+            f"{spills}, {row['stack']} B" if spills or row["stack"] else "0",
+            f"{row['shared']:,}",
+            _wide(row["wide_loads"], row["loads"]),
+            _wide(row["wide_stores"], row["stores"]),
+            row["matrix"] or "-",
+            str(row["global_atomics"]),
+            style="bold" if row["failures"] else None,
+        )
+    table.caption = "loads and stores of data: those of at least 128 bits, and all"
+    Console().print(table)
+    notes = {row["case"]: row["note"] for row in rows if not row["data"]}
+    if notes:
+        typer.echo("128-bit accesses are not possible, and not demanded, in:")
+    for case, note in notes.items():
+        typer.echo(f"  {case}: {note}")
+
+
+def _wide(wide: int, total: int) -> str:
+    return f"{wide}/{total}" if total else "-"
