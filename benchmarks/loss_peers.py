@@ -21,8 +21,8 @@ Dense = Literal["mse", "cosine"]
 LossAndGradient = Callable[[], tuple[Tensor, Tensor]]
 
 ATTENTION = 1000.0  # weight of the attention loss; both losses then have gradients of like size
-# Relative errors of loss and gradient, against float64, beyond which nothing is timed. Eager PyTorch
-# rounds the maps to the activations' type, 8 bits in bfloat16.
+# Relative errors of loss and gradient, against float64, beyond which nothing is timed. Eager
+# PyTorch rounds the maps to the activations' type, 8 bits in bfloat16.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -165,9 +165,7 @@ class _Later(torch.autograd.Function):
         return ctx.arriving.pop(), None
 
 
-def _errors(
-    candidate: LossAndGradient, loss: float, gradient: Tensor
-) -> tuple[float, float]:
+def _errors(candidate: LossAndGradient, loss: float, gradient: Tensor) -> tuple[float, float]:
     found, own = candidate()
     off = abs(float(found.detach()) / loss - 1)
     return off, float((own.double() - gradient).norm() / gradient.norm())

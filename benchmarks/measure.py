@@ -159,7 +159,9 @@ def ratio_rows(case: Case, timing: Timing, baseline: Timing, *, machine: Machine
         ("cpu", timing.cpu, baseline.cpu),
     ):
         ratios = [b / a for a, b in zip(own, other, strict=True)]
-        rows.append(spread_row(case, f"{name}_speedup", "x", ratios, min(other) / min(own), machine))
+        rows.append(
+            spread_row(case, f"{name}_speedup", "x", ratios, min(other) / min(own), machine)
+        )
     return rows
 
 

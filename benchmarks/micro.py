@@ -5,6 +5,7 @@ its caches are emptied before every call, and the seconds are those between two 
 """
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ def calls_per_round(
     found: dict[str, int] = {}
     for name, candidate in candidates.items():
         clock(candidate, 1)
-        once = max(clock(candidate, 1)[0], seconds / _MOST_CALLS)
+        once = max(min(clock(candidate, 1)), seconds / _MOST_CALLS)
         found[name] = max(1, round(seconds / once))
     return found
 
@@ -78,9 +79,15 @@ def deciding(timing: Timing, place: Place) -> tuple[float, ...]:
 
 
 def place_of(device: Device) -> Place:
-    """This machine, or its GPU, driven by one thread."""
+    """This machine, or its GPU, driven by one thread.
+
+    Exits with code 2 if a GPU is asked for and there is none.
+    """
     machine = this_machine(threads=1)
     if device == "cuda":
+        if not torch.cuda.is_available():
+            print("error: --device cuda needs a CUDA device and torch sees none", file=sys.stderr)
+            sys.exit(2)
         machine = replace(machine, device=f"CUDA {torch.cuda.get_device_name()}")
     return Place(device=device, machine=machine)
 

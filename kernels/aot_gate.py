@@ -33,7 +33,7 @@ class Resources:
         wide_loads: Those of at least 128 bits a lane.
         stores: Instructions that store data.
         wide_stores: Those of at least 128 bits a lane.
-        lost_wide: 128-bit accesses that the last compiler took apart.
+        split: Accesses narrower than any that the last compiler was given: it took wide ones apart.
         matrix: Matrix instructions, those of the tensor cores, or empty.
         global_atomics: Atomic instructions on global memory.
         data: Whether data can be moved 128 bits at a time.
@@ -53,7 +53,7 @@ class Resources:
     wide_loads: int = 0
     stores: int = 0
     wide_stores: int = 0
-    lost_wide: int = 0
+    split: int = 0
     matrix: str = ""
     global_atomics: int = 0
     data: bool = True
@@ -84,6 +84,6 @@ def failures(row: Resources) -> tuple[str, ...]:
         ):
             if wide < WIDE_SHARE * total:
                 found.append(f"{wide} of {total} data {kind} are 128-bit")
-        if row.lost_wide:
-            found.append(f"{row.lost_wide} 128-bit accesses were taken apart")
+        if row.split:
+            found.append(f"{row.split} accesses are parts of wider ones")
     return tuple(found)

@@ -203,7 +203,7 @@ struct Lines {
 };
 
 struct Walk {
-  int64_t positions, rows, lines, length, last_length;
+  int64_t positions, rows, lines, length, last_length, slots;
 };
 
 template <typename A>
@@ -219,98 +219,120 @@ using Buffer = std::vector<A, Aligned<A>>;
 
 template <typename A>
 struct Sums {  // a position each, or a slot each: position k % positions of plane k / positions
-  Buffer<A> student, teacher, cross, own, other;
-  explicit Sums(int64_t size) : student(size), teacher(size), cross(size), own(size), other(size) {}
+  A *student, *teacher, *cross, *own, *other;
+  double square;  // sum of (s - t)^2 of the image
 };
+
+template <typename A>
+Sums<A> sums_in(Buffer<A> &memory) {
+  const size_t size = memory.size() / 5;
+  A *start = memory.data();
+  return {start, start + size, start + 2 * size, start + 3 * size, start + 4 * size, 0};
+}
 
 // First pass: the sums over the channels
 
 template <typename A, int P, int CLONE, bool TEACHER>
 struct Terms {
-  Vector<A> student{}, teacher{}, cross{}, own{}, other{};
+  Vector<A> student{}, teacher{}, cross{}, own{}, other{}, square{};
 
   inline void add(Vector<A> s, Vector<A> t, A power) {
     if constexpr (P != kOff) student += power_of<P, A>(s, power);
     if constexpr (P != kOff && TEACHER) teacher += power_of<P, A>(t, power);
-    if constexpr (CLONE == kMse) cross += (s - t) * (s - t);
+    if constexpr (CLONE == kMse) square += (s - t) * (s - t);
     if constexpr (CLONE == kCosine) cross += s * t, own += s * s, other += t * t;
   }
 
+  inline void operator+=(const Terms &more) {
+    student += more.student, teacher += more.teacher, square += more.square;
+    cross += more.cross, own += more.own, other += more.other;
+  }
+
   template <typename Visit>
-  static inline void each(Visit visit) {  // of the terms in use
+  static inline void each(Visit visit) {  // of the terms in use, but for the sum of squares
     if constexpr (P != kOff) visit(&Sums<A>::student, &Terms::student);
     if constexpr (P != kOff && TEACHER) visit(&Sums<A>::teacher, &Terms::teacher);
-    if constexpr (CLONE != kNone) visit(&Sums<A>::cross, &Terms::cross);
+    if constexpr (CLONE == kCosine) visit(&Sums<A>::cross, &Terms::cross);
     if constexpr (CLONE == kCosine) visit(&Sums<A>::own, &Terms::own);
     if constexpr (CLONE == kCosine) visit(&Sums<A>::other, &Terms::other);
   }
 };
 
-// Sums of a line, in registers; the k-th element is in pair[k / lanes % 2], lane k % lanes.
+// Sums of a line in registers: element k in group[k / lanes % 4], lane k % lanes.
 template <typename T, typename Sum>
-inline void add_line(const T *own, const T *other, int64_t length, WideOf<T> power, Sum pair[2]) {
+inline void add_line(const T *own, const T *other, int64_t length, WideOf<T> power, Sum group[4]) {
   constexpr int64_t lanes = kLanes<WideOf<T>>;
   int64_t k = 0;
-  for (; k + 2 * lanes <= length; k += 2 * lanes) {
-    pair[0].add(load(own + k), load(other + k), power);
-    pair[1].add(load(own + k + lanes), load(other + k + lanes), power);
+  const auto add = [&](Sum &sum, int64_t at) { sum.add(load(own + at), load(other + at), power); };
+  for (; k + 4 * lanes <= length; k += 4 * lanes) {
+    add(group[0], k), add(group[1], k + lanes);
+    add(group[2], k + 2 * lanes), add(group[3], k + 3 * lanes);
   }
-  if (k < length) pair[0].add(load(own + k, length - k), load(other + k, length - k), power);
-  k += lanes;
-  if (k < length) pair[1].add(load(own + k, length - k), load(other + k, length - k), power);
+  const auto add_some = [&](Sum &sum, int64_t at) __attribute__((always_inline)) {
+    if (at < length) sum.add(load(own + at, length - at), load(other + at, length - at), power);
+  };
+  add_some(group[0], k), add_some(group[1], k + lanes);
+  add_some(group[2], k + 2 * lanes), add_some(group[3], k + 3 * lanes);
 }
 
 template <typename T, int P, int CLONE, bool TEACHER>
 void reduce_tokens(const Walk &walk, Lines<const T> s, Lines<const T> t, WideOf<T> power,
-                   Sums<WideOf<T>> &, Sums<WideOf<T>> &sums) {
+                   Sums<WideOf<T>>, Sums<WideOf<T>> &sums) {
   using A = WideOf<T>;
   using Sum = Terms<A, P, CLONE, TEACHER>;
+  sums.square = 0;
   for (int64_t n = 0; n < walk.lines; ++n) {
     const T *own = s.start + n * s.step, *other = TEACHER ? t.start + n * t.step : own;
-    Sum pair[2];
-    add_line(own, other, walk.length, power, pair);
-    Sum::each([&](auto array, auto term) {
-      (sums.*array)[n] = total<A>(pair[0].*term + pair[1].*term);
-    });
+    Sum group[4];
+    add_line(own, other, walk.length, power, group);
+    group[0] += group[1], group[2] += group[3], group[0] += group[2];
+    Sum::each([&](auto array, auto term) { (sums.*array)[n] = total<A>(group[0].*term); });
+    if constexpr (CLONE == kMse) sums.square += total<A>(group[0].square);
   }
 }
 
 // Sums of 32 lines by slot, then by position: short chains of additions keep the rounding small.
 template <typename T, int P, int CLONE, bool TEACHER>
 void reduce_planes(const Walk &walk, Lines<const T> s, Lines<const T> t, WideOf<T> power,
-                   Sums<WideOf<T>> &slots, Sums<WideOf<T>> &sums) {
+                   Sums<WideOf<T>> slots, Sums<WideOf<T>> &sums) {
   using A = WideOf<T>;
   using Sum = Terms<A, P, CLONE, TEACHER>;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t N = walk.positions;
-  const bool registers = walk.rows > 1 && 2 * lanes % N == 0;  // all slots fit into a pair
-  Sum::each([&](auto array, auto) { std::fill_n(&(sums.*array)[0], N, A(0)); });
+  const bool registers = walk.rows > 1 && 4 * lanes % N == 0;  // all slots fit into a group
+  const auto keep = [&slots](int64_t k, const Sum &sum) {
+    Sum::each([&](auto array, auto term) {
+      const Vector<A> value = load(slots.*array + k) + sum.*term;
+      std::memcpy(slots.*array + k, &value, sizeof value);
+    });
+  };
+  sums.square = 0;
+  Sum::each([&](auto array, auto) { std::fill_n(sums.*array, N, A(0)); });
   for (int64_t first = 0; first < walk.lines; first += 32) {
-    Sum::each([&](auto array, auto) { std::fill((slots.*array).begin(), (slots.*array).end(), 0); });
+    Sum::each([&](auto array, auto) { std::fill_n(slots.*array, walk.slots, A(0)); });
     for (int64_t line = first; line < std::min(first + 32, walk.lines); ++line) {
       const int64_t length = line + 1 < walk.lines ? walk.length : walk.last_length;
       const T *own = s.start + line * s.step, *other = TEACHER ? t.start + line * t.step : own;
-      const auto keep = [&](int64_t k, const Sum &sum) {
-        Sum::each([&](auto array, auto term) {
-          const Vector<A> value = load(&(slots.*array)[k]) + sum.*term;
-          std::memcpy(&(slots.*array)[k], &value, sizeof value);
-        });
-      };
+      Vector<A> square{};
       if (registers) {
-        Sum pair[2];
-        add_line(own, other, length, power, pair);
-        keep(0, pair[0]), keep(lanes, pair[1]);
+        Sum group[4];
+        add_line(own, other, length, power, group);
+        keep(0, group[0]), keep(lanes, group[1]);
+        keep(2 * lanes, group[2]), keep(3 * lanes, group[3]);
+        square = (group[0].square + group[1].square) + (group[2].square + group[3].square);
       } else {
         for (int64_t k = 0; k < length; k += lanes) {
           Sum sum;
           sum.add(load(own + k, length - k), load(other + k, length - k), power);
           keep(k, sum);
+          square += sum.square;
         }
       }
+      if constexpr (CLONE == kMse) sums.square += total<A>(square);
     }
     Sum::each([&](auto array, auto) {
-      A *from = &(slots.*array)[0], *to = &(sums.*array)[0];
-      for (int64_t half = (registers ? 2 * lanes / N : walk.rows) / 2; half; half /= 2)
+      A *from = slots.*array, *to = sums.*array;
+      for (int64_t half = (registers ? 4 * lanes / N : walk.rows) / 2; half; half /= 2)
         for (int64_t k = 0; k < half * N; ++k) from[k] += from[k + half * N];
       for (int64_t n = 0; n < N; ++n) to[n] += from[n];
     });
@@ -322,8 +344,8 @@ void reduce_planes(const Walk &walk, Lines<const T> s, Lines<const T> t, WideOf<
 template <typename A>
 void finish(const Job &job, const double weight[2], Sums<A> &sums, double loss[2]) {
   const int64_t N = job.positions;
-  A *a = sums.student.data(), *own = sums.own.data(), *other = sums.other.data();
-  const A *b = sums.teacher.data(), *cross = sums.cross.data();
+  A *a = sums.student, *own = sums.own, *other = sums.other;
+  const A *b = sums.teacher, *cross = sums.cross;
   loss[0] = loss[1] = 0;
   if (job.attention) {
     double a_square = 0, b_square = 0, distance = 0, along = 0;
@@ -346,9 +368,7 @@ void finish(const Job &job, const double weight[2], Sums<A> &sums, double loss[2
       a[n] = A(slope * (a[n] * a_scale - b[n] * b_scale) - radial * a[n]);
   }
   if (job.clone == kMse) {
-    double square = 0;
-    for (int64_t n = 0; n < N; ++n) square += cross[n];
-    loss[1] = weight[1] * square / (double(N) * job.channels);
+    loss[1] = weight[1] * sums.square / (double(N) * job.channels);
   } else if (job.clone == kCosine) {
     double cosines = 0;
     for (int64_t n = 0; n < N; ++n) {
@@ -420,7 +440,7 @@ void write(const Walk &walk, Lines<const T> s, Lines<const T> t, Lines<const T> 
 // Choice of the templates
 
 template <typename T>
-using Reduce = void (*)(const Walk &, Lines<const T>, Lines<const T>, WideOf<T>, Sums<WideOf<T>> &,
+using Reduce = void (*)(const Walk &, Lines<const T>, Lines<const T>, WideOf<T>, Sums<WideOf<T>>,
                         Sums<WideOf<T>> &);
 template <typename T>
 using Write = void (*)(const Walk &, Lines<const T>, Lines<const T>, Lines<const T>, Lines<T>,
@@ -478,20 +498,20 @@ Lines<T> lines_of(const Job &job, const Walk &walk, char *data, const Activation
 
 Walk walk_of(const Job &job, const Data &data) {
   const int64_t N = job.positions, C = job.channels;
-  if (!job.planes) return {N, 1, N, C, C};
+  if (!job.planes) return {N, 1, N, C, C, 0};
   const auto dense = [N](char *given, const Activation &of) { return !given || of.channel == N; };
   int64_t rows = 1;
   if (dense(data.student, job.student) && dense(data.teacher, job.teacher) &&
       dense(data.trunk, job.trunk) && dense(data.out, job.out))
     while (rows * N < 512 || (rows < 16 && rows * N % 16)) rows *= 2;
   const int64_t lines = (C + rows - 1) / rows;
-  return {N, rows, lines, rows * N, (C - (lines - 1) * rows) * N};
+  return {N, rows, lines, rows * N, (C - (lines - 1) * rows) * N, (rows * N + 63) / 64 * 64};
 }
 
 template <typename A>
 void move_slopes(const Job &job, const Data &data, int64_t image, bool save, Sums<A> &sums) {
   int64_t plane = 0;
-  const auto move = [&](Buffer<A> &slopes) {
+  const auto move = [&](A *slopes) {
     A *kept = at<A>(data.coefficients, plane++ * job.coefficients[0] + image * job.coefficients[1]);
     for (int64_t n = 0; n < job.positions; ++n, kept += job.coefficients[2])
       if (save) *kept = slopes[n];
@@ -507,15 +527,16 @@ void run_images(const Job &job, const Data &data) {
   const Walk walk = walk_of(job, data);
   const Reduce<T> reduce = reduce_for<T>(job, data.teacher);
   const Write<T> write = write_for<T>(job, data.trunk);
-  const int64_t size = (walk.length + 15) / 16 * 16;
   const bool stream = !data.trunk && job.images * job.positions * job.channels * sizeof(T) > kStream;
   double weight[2] = {};
   for (int row = 0; data.weights && row < 2; ++row)
     weight[row] = *at<A>(data.weights, row * job.weights[0]);
 #pragma omp parallel
   {
-    Sums<A> slots(job.planes ? size : 0), sums(job.positions);
-    Factors<A> factors(job.planes ? size : job.positions);
+    Buffer<A> slot_memory(5 * walk.slots), sum_memory(5 * job.positions);
+    const Sums<A> slots = sums_in(slot_memory);
+    Sums<A> sums = sums_in(sum_memory);
+    Factors<A> factors(job.planes ? walk.slots : job.positions);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < job.images; ++b) {
       const auto s = lines_of<const T>(job, walk, data.student, job.student, b);

@@ -74,10 +74,15 @@ def plane_blocks(
     return min(options, key=lambda option: (option[0], -option[2].num_warps, option[1]))[2]
 
 
-def unrolled(iterations: int, *, tensors: int) -> int:
-    """Iterations whose loads are in flight together: up to six tiles, few of them in vain."""
-    fitting = [n for n in range(1, 6 // tensors + 1) if _waste(iterations, n) <= WASTE]
-    return fitting[-1]
+def unrolled(iterations: int, *, sums: int) -> int:
+    """Iterations whose loads are in flight together, few of them in vain.
+
+    Args:
+        iterations: There are so many.
+        sums: Float32 sums an element of the tile; more than three leave room for nothing else.
+    """
+    most = 3 if sums <= 3 else 1
+    return max(n for n in range(1, most + 1) if _waste(iterations, n) <= WASTE)
 
 
 def _rows(

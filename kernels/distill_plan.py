@@ -51,7 +51,7 @@ class Plan:
 @functools.lru_cache(maxsize=256)
 def plan_powers(features: tuple[Layout, ...], itemsize: int, *, power: float) -> Plan:
     """Launch that computes the power maps of activations of one shape."""
-    constants, warps, aligned = _shape(features, features, itemsize, tensors=1, most_warps=4)
+    constants, warps, aligned = _shape(features, features, itemsize, sums=1, most_warps=4)
     constants |= {"LAYERS": len(features), "POWER": float(power)}
     del constants["TEACHER_IMAGE_STRIDES"], constants["TEACHER_ROW_STRIDES"]
     tokens = features[0].kind == "tokens"
@@ -77,8 +77,11 @@ def plan_forward(
     given: bool,
 ) -> Plan:
     """Launch of the forward pass; ``given``: the teachers' power maps are."""
-    tensors = 2 if clone != "none" or (attention and not given) else 1
-    constants, warps, aligned = _shape(students, teachers, itemsize, tensors=tensors, most_warps=8)
+    powers = attention * (1 if given else 2)
+    squares = {"none": 0, "mse": 1, "cosine": 3}[clone]
+    # The squares of a cosine are the powers of p = 2.
+    sums = squares if clone == "cosine" and power == 2 else powers + squares
+    constants, warps, aligned = _shape(students, teachers, itemsize, sums=sums, most_warps=8)
     constants |= _loss(power=power, clone=clone, attention=attention)
     constants |= {"LAYERS": len(students), "GIVEN": given}
     constants["BLOCK_ROW"] = min(MOST_ROW, triton.next_power_of_2(students[0].positions))
@@ -103,10 +106,7 @@ def plan_backward(
     trunk: bool,
 ) -> Plan:
     """Launch of the backward pass of one layer."""
-    tensors = 1 + (clone != "none") + trunk
-    constants, warps, aligned = _shape(
-        [student], [teacher], itemsize, tensors=tensors, most_warps=4
-    )
+    constants, warps, aligned = _shape([student], [teacher], itemsize, sums=0, most_warps=4)
     constants |= _loss(power=power, clone=clone, attention=attention) | {"TRUNK": trunk}
     for name in ("IMAGE_STRIDE", "ROW_STRIDE", "TEACHER_IMAGE_STRIDE", "TEACHER_ROW_STRIDE"):
         (constants[name],) = constants.pop(f"{name}S")
@@ -139,7 +139,7 @@ def _shape(
     teachers: Sequence[Layout],
     itemsize: int,
     *,
-    tensors: int,
+    sums: int,
     most_warps: int,
 ) -> tuple[dict[str, Any], int, bool]:
     """Constants of shape, strides and blocks; warps; whether all is aligned to 16 bytes."""
@@ -162,7 +162,7 @@ def _shape(
         sizes["V"] = row
         row_strides = [layout.stride_channel * row for layout in every]
     image_strides = [layout.stride_image for layout in every]
-    constants = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations, tensors=tensors)}
+    constants = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations, sums=sums)}
     constants |= _tables(image_strides, row_strides)
     numbers = (piece, *image_strides, *row_strides)
     aligned = all(number * itemsize % 16 == 0 for number in numbers)

@@ -25,14 +25,24 @@ from mimic_fast.kernels.distill_tokens import BACKWARD_SIDES, FORWARD_SIDES, POW
 
 
 @triton.jit
+def slots_from(first, V: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Slots of a row, of the positions from ``first`` on; rows of several channels are whole."""
+    slots = tl.arange(0, V * BLOCK_P)
+    if V == 1:
+        slots += first
+    return slots
+
+
+@triton.jit
 def fold(sums, HW: tl.constexpr, V: tl.constexpr, BLOCK_P: tl.constexpr):
     """Sums of slots to sums of positions, [V * BLOCK_P] -> [BLOCK_P] (HW of them count)."""
     if V == 1:
         return sums
     else:
-        slots = tl.arange(0, V * BLOCK_P)
-        # Below V * BLOCK_P for every lane, since HW <= BLOCK_P.
-        sums = tl.gather(sums, slots // BLOCK_P * HW + slots % BLOCK_P, 0)
+        if HW != BLOCK_P:
+            slots = tl.arange(0, V * BLOCK_P)
+            # Below V * BLOCK_P for every lane, since HW < BLOCK_P.
+            sums = tl.gather(sums, slots // BLOCK_P * HW + slots % BLOCK_P, 0)
         return tl.sum(tl.reshape(sums, [V, BLOCK_P]), axis=0)
 
 
@@ -68,7 +78,7 @@ def planes_power_kernel(
     x_ptr = layer_pointer(features, layer, LAYERS)
     x_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED)
     row_stride = layer_stride(ROW_STRIDES, layer, STRIDED)
-    slots = first + tl.arange(0, V * BLOCK_P)
+    slots = slots_from(first, V, BLOCK_P)
     acc = tl.zeros([BLOCK_R, V * BLOCK_P], tl.float32)
     for start in range(0, channels, V * BLOCK_R * UNROLL):
         for piece in tl.static_range(UNROLL):
@@ -140,7 +150,7 @@ def planes_fwd_kernel(
     squares = zeros
     cosines = tl.zeros([BLOCK_P], tl.float32)
     for first in range(0, positions, BLOCK_P):
-        slots = first + tl.arange(0, V * BLOCK_P)
+        slots = slots_from(first, V, BLOCK_P)
         own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
         for start in range(0, channels, V * BLOCK_R * UNROLL):
             for piece in tl.static_range(UNROLL):
@@ -206,7 +216,7 @@ def planes_bwd_kernel(
     plane = tl.num_programs(0).to(tl.int64) * HW
     first = tl.program_id(2) * BLOCK_P
     offs_p = first + tl.arange(0, BLOCK_P)
-    slots = first + tl.arange(0, V * BLOCK_P)
+    slots = slots_from(first, V, BLOCK_P)
     grad = tl.load(grads_ptr + image * grad_image)
     clone_grad = tl.load(grads_ptr + grad_row + image * grad_image)
     pull = clone_grad * tl.load(weights_ptr + weight_stride) * (2.0 / (HW * C))

@@ -22,10 +22,20 @@ class _Kept:
     """Activations of one forward pass, by tap."""
 
     activations: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
 
     def tap(self, index: int, activation: Tensor, *, prefix: int = 0) -> Tensor:
         self.activations[index] = activation, prefix
+        self.versions[index] = activation._version
         return activation
+
+    def overwritten(self) -> frozenset[int]:
+        """Taps whose activation the network changed in place afterwards."""
+        return frozenset(
+            index
+            for index, (activation, _) in self.activations.items()
+            if activation._version != self.versions[index]
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,16 +58,17 @@ def teacher_side(
     layer_weights: Sequence[float],
     *,
     settings: LossSettings,
-    live: frozenset[int] = frozenset(),
 ) -> TeacherSide:
     """Runs the teacher once and prepares the losses of the student's taps.
+
+    A tap that the teacher's network overwrites is overwritten by the student's too: both have one
+    architecture. Its losses are those of what stands there after the forward pass.
 
     Args:
         teacher: Frozen.
         images: What the teacher sees.
         layer_weights: lambda_l by tap; 0: no attention loss.
         settings: Weights and forms.
-        live: Taps whose output the student's network changes in place.
 
     Raises:
         ValueError: If there is not one weight a tap.
@@ -106,7 +117,7 @@ def teacher_side(
             terms,
             images=images.shape[0],
             like=like,
-            live=live,
+            live=kept.overwritten(),
         ),
     )
 

@@ -51,7 +51,6 @@ def step_losses(
     *,
     settings: Settings,
     processes: Processes,
-    live: frozenset[int] = frozenset(),
 ) -> Losses:
     """Losses of a batch: the student sees it once (twice with a second view), the teacher once.
 
@@ -63,12 +62,11 @@ def step_losses(
         layer_weights: lambda_l by tap.
         settings: Weights and forms of the losses.
         processes: The contrastive loss runs over all of them.
-        live: Taps whose output the student's network changes in place (``rewritten_taps``).
     """
     loss, size = settings.loss, batch.ids.shape[0]
     side = None
     if teacher is not None:
-        side = teacher_side(teacher, batch.v1, layer_weights, settings=loss, live=live)
+        side = teacher_side(teacher, batch.v1, layer_weights, settings=loss)
     listener = None if side is None else side.listener
     second = [] if batch.v2 is None else [batch.v2]
     features, projected = student(torch.cat([student_view, *second]), listener)

@@ -21,7 +21,7 @@ from mimic_fast.data.augment import plain_view
 from mimic_fast.data.harden import hardened
 from mimic_fast.data.loader import Batch, batch_ids, epoch_order, make_batch, steps_per_epoch
 from mimic_fast.distributed import Processes, any_process, broadcast_json, wait_for_all
-from mimic_fast.encoders.taps import TappedEncoder, rewritten_taps
+from mimic_fast.encoders.taps import TappedEncoder
 from mimic_fast.errors import DivergedError, StoppedError, UsageError
 from mimic_fast.losses import Losses
 from mimic_fast.metrics_log import append_metrics, truncate_metrics
@@ -172,7 +172,6 @@ class _Loop:
         self.optimizer = build_optimizer(task.student, optim)
         self.average = averaged_state(task.student) if optim.ema else None
         self.wrapped = accelerator.prepare_model(task.student)
-        self.live = frozenset() if task.teacher is None else rewritten_taps(task.student.tapped)
         self.parameters = [p for p in task.student.parameters() if p.requires_grad]
         self.buffers = [b for b in task.student.buffers() if b.is_floating_point()]
         self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, int]]] = []
@@ -226,7 +225,6 @@ class _Loop:
                 task.layer_weights,
                 settings=settings,
                 processes=self.processes,
-                live=self.live,
             )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()

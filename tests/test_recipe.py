@@ -279,5 +279,5 @@ def test_defaults_are_finite():
 def test_loss_with_nothing_to_minimize_is_refused():
     zero = ("loss.clone=0", "loss.attention_weight=0", "loss.contrastive=0")
 
-    with pytest.raises(UsageError, match="one of clone, attention_weight and contrastive"):
+    with pytest.raises(UsageError, match="one of clone, dense, attention_weight and contrastive"):
         load_settings(overrides=zero)

@@ -45,7 +45,7 @@ _COLUMNS = (
 
 
 class Target(StrEnum):
-    """What to compile for; ``gfx942_large`` is gfx942 with tensors of more than 2 GiB."""
+    """What to compile for."""
 
     SM_80 = "sm_80"
     SM_90 = "sm_90"
@@ -54,12 +54,20 @@ class Target(StrEnum):
     GFX942_LARGE = "gfx942_large"
 
 
+_USUAL = (Target.SM_80, Target.SM_90, Target.SM_100, Target.GFX942)
+
+
 def aot(
     check: Annotated[
         bool, typer.Option("--check", help="Exit 3 if a kernel spills or moves data narrowly.")
     ] = False,
     target: Annotated[
-        list[Target] | None, typer.Option("--target", help="Compile for this one; repeatable.")
+        list[Target] | None,
+        typer.Option(
+            "--target",
+            help="Compile for this one; repeatable. Default: all but gfx942_large, which is gfx942 "
+            "with tensors of more than 2 GiB.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +81,12 @@ def aot(
     if find_spec("triton") is None:
         raise MachineError("Triton is not installed; it comes with PyTorch for Linux")
     with progress_bars() as report:
-        rows = compiled_rows(target or list(Target), report)
+        rows = compiled_rows(target or _USUAL, report)
+    conclude(rows, check=check, as_json=as_json)
+
+
+def conclude(rows: Sequence[Mapping[str, Any]], *, check: bool, as_json: bool) -> None:
+    """Prints the rows and, if asked to check them, ends with exit code 3 where one fails."""
     failures = [
         f"{row['case']}, {row['target']}: {reason}" for row in rows for reason in row["failures"]
     ]

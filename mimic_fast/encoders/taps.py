@@ -233,29 +233,6 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                         buffer.copy_(before)
 
 
-def rewritten_taps(tapped: TappedEncoder) -> frozenset[int]:
-    """Numbers of the taps whose output the network changes in place after they ran."""
-    spec, mean = tapped.encoder.spec, tapped.encoder.mean
-    image = mean.new_zeros(1, spec.in_channels, spec.image_size, spec.image_size)
-    seen = _Versions()
-    with undisturbed(tapped), torch.no_grad():
-        tapped.listened(image, seen)
-    return frozenset(
-        n for n, (output, version) in seen.outputs.items() if output._version > version
-    )
-
-
-class _Versions:
-    """Keeps every activation with the number of changes it had seen when it was tapped."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[int, tuple[Tensor, int]] = {}
-
-    def tap(self, index: int, activation: Tensor, *, prefix: int = 0) -> Tensor:
-        self.outputs[index] = activation, activation._version
-        return activation
-
-
 @contextmanager
 def _hooked(module: nn.Module, catch: Callable[[Any], Tensor | None]) -> Iterator[None]:
     def keep(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:

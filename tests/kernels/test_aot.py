@@ -244,10 +244,10 @@ def test_shared_memory_beyond_the_target_fails_the_gate():
 
 def test_rows_that_nothing_was_read_from_fail_the_gate():
     blank = Resources(case="a", target="sm_90")
-    split = Resources(case="a", target="sm_90", loads=4, wide_loads=4, lost_wide=2)
+    split = Resources(case="a", target="sm_90", loads=4, wide_loads=4, split=2)
 
     assert failures(blank) == ("no data access was recognized",)
-    assert failures(split) == ("2 128-bit accesses were taken apart",)
+    assert failures(split) == ("2 accesses are parts of wider ones",)
 
 
 def test_process_that_interprets_kernels_is_refused():

@@ -1,0 +1,104 @@
+"""`mimic-fast aot`: the kernels of production, compiled in processes of their own."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import typer
+
+from mimic_fast.kernels.aot import TARGETS, Resources, failures
+from mimic_fast.launch.commands.aot import Target, compiled_rows, conclude
+from mimic_fast.progress import silent
+
+WIDE = Resources(
+    case="forward",
+    target="sm_90",
+    registers=40,
+    shared=16_384,
+    loads=8,
+    wide_loads=8,
+    matrix="IMMA",
+)
+NARROW = Resources(
+    case="odd [rows]", target="gfx942", registers=30, loads=8, data=False, note="rows of 49"
+)
+SPILLING = Resources(
+    case="backward", target="sm_80", registers=255, stack=24, local_loads=3, loads=8, wide_loads=6
+)
+
+
+def found(*rows: Resources) -> list[dict[str, Any]]:
+    return [asdict(row) | {"failures": failures(row)} for row in rows]
+
+
+def test_targets_are_those_of_the_compiler():
+    assert list(TARGETS) == [str(target) for target in Target]
+
+
+def test_table_shows_each_row_and_why_some_are_narrow(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    conclude(found(WIDE, NARROW, SPILLING), check=False, as_json=False)
+
+    lines = capsys.readouterr().out.splitlines()
+    (wide,) = [line for line in lines if "forward" in line]
+    assert [cell.strip() for cell in wide.split("│")[1:-1]] == [
+        *("forward", "sm_90", "40", "0", "16,384", "8/8", "-", "IMMA", "0")
+    ]
+    (spilling,) = [line for line in lines if "backward" in line]
+    assert [cell.strip() for cell in spilling.split("│")[3:7]] == ["255", "3, 24 B", "0", "6/8"]
+    assert "  odd [rows]: rows of 49" in lines
+
+
+def test_check_ends_with_exit_3_and_a_line_for_each_failure(capsys):
+    with pytest.raises(typer.Exit) as ended:
+        conclude(found(WIDE, SPILLING), check=True, as_json=True)
+
+    assert ended.value.exit_code == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "error: backward, sm_80: 0 registers spilled, 24 bytes of stack, "
+        "3 local memory instructions",
+        "error: backward, sm_80: 255 registers, at most 128",
+        "error: backward, sm_80: 6 of 8 data loads are 128-bit",
+    ]
+
+
+def test_check_of_lean_kernels_says_nothing_more(capsys):
+    conclude(found(WIDE, NARROW), check=True, as_json=True)
+
+    assert capsys.readouterr().err == ""
+
+
+def test_machine_without_triton_is_named_in_one_line():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.argv = ['mimic-fast', 'aot'];"
+        "from mimic_fast.launch.cli import main; main()"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 7
+    assert done.stderr == "error: Triton is not installed; it comes with PyTorch for Linux\n"
+
+
+def test_process_that_ends_early_is_an_error_with_its_last_words():
+    with pytest.raises(RuntimeError, match=r"(?s)ended early: .*unknown target 'sm_70'"):
+        compiled_rows(["sm_70"], silent)
+
+
+def test_every_production_kernel_is_lean_on_every_target(program, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    done = program("aot", "--check", "--json")
+
+    assert done.code == 0, done.err
+    assert done.err == ""
+    rows = done.json["rows"]
+    assert done.json["failures"] == []
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert len({(row["case"], row["target"]) for row in rows}) == len(rows)
+    assert all(row["note"] for row in rows if not row["data"])
+    assert os.environ["TRITON_INTERPRET"] == "1"
