@@ -1,4 +1,4 @@
-"""Mutual information of many pairs of directions against numpy, fast-histogram, scikit-learn, torch.
+"""Mutual information of many pairs of directions against numpy, fast-histogram and others.
 
     python benchmarks/bench_mi.py                   # CPU, one thread
     python benchmarks/bench_mi.py --device cuda     # against torch on the GPU, CUDA events

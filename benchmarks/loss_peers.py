@@ -6,9 +6,9 @@ mean cosine, of the channel vectors. ``check`` refuses whoever does not.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,12 @@ class Problem:
     Args:
         student: Leaf that wants a gradient.
         teacher: Of the same shape.
-        arriving: The gradient from later layers, which every run takes out, adds to and puts
-            back; empty: the layer is the last one.
+        trunk: Whether a gradient arrives from later layers: that of :func:`later`.
     """
 
     student: Tensor
     teacher: Tensor
-    arriving: list[Tensor]
+    trunk: bool
 
 
 def problem(
@@ -47,32 +46,36 @@ def problem(
 ) -> Problem:
     """Random activations, a teacher that resembles the student, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    student, noise, gradient = torch.randn(3, *shape, generator=generator)
+    student, noise = torch.randn(2, *shape, generator=generator)
     teacher = 0.8 * student + 0.6 * noise
     return Problem(
         student=student.to(device, dtype).requires_grad_(),
         teacher=teacher.to(device, dtype),
-        arriving=[(gradient / student.numel()).to(device, dtype)] if trunk else [],
+        trunk=trunk,
     )
 
 
 def nad_loss(student: Tensor, teacher: Tensor, *, dense: Dense) -> Tensor:
     """In the manner of Li et al., arXiv:2101.05930: abs, pow, sum, norm, div, mse."""
-    maps = []
-    for feature_map in (student, teacher):
-        axis = _channels(feature_map)
-        power = torch.sum(torch.pow(torch.abs(feature_map), 2), dim=axis).flatten(1)
-        maps.append(torch.div(power, torch.norm(power, dim=1, keepdim=True) + 1e-6))
-    return ATTENTION * F.mse_loss(*maps) + dense_loss(student, teacher, dense)
+    attention = F.mse_loss(nad_map(student), nad_map(teacher))
+    return ATTENTION * attention + dense_loss(student, teacher, dense)
+
+
+def nad_map(feature_map: Tensor) -> Tensor:
+    """Normalized attention map, ``[B, N]``."""
+    power = torch.sum(torch.pow(torch.abs(feature_map), 2), dim=_channels(feature_map)).flatten(1)
+    return torch.div(power, torch.norm(power, dim=1, keepdim=True) + 1e-6)
 
 
 def at_loss(student: Tensor, teacher: Tensor, *, dense: Dense) -> Tensor:
     """In the manner of Zagoruyko and Komodakis, arXiv:1612.03928: pow, mean, normalize."""
-    maps = [
-        F.normalize(feature_map.pow(2).mean(_channels(feature_map)).flatten(1))
-        for feature_map in (student, teacher)
-    ]
-    return ATTENTION * (maps[0] - maps[1]).pow(2).mean() + dense_loss(student, teacher, dense)
+    attention = (at_map(student) - at_map(teacher)).pow(2).mean()
+    return ATTENTION * attention + dense_loss(student, teacher, dense)
+
+
+def at_map(feature_map: Tensor) -> Tensor:
+    """Normalized attention map, ``[B, N]``."""
+    return F.normalize(feature_map.pow(2).mean(_channels(feature_map)).flatten(1))
 
 
 def dense_loss(student: Tensor, teacher: Tensor, dense: Dense) -> Tensor:
@@ -87,7 +90,7 @@ def plain(loss: Callable[..., Tensor], given: Problem, *, dense: Dense) -> LossA
 
     def run() -> tuple[Tensor, Tensor]:
         trunk = given.student.view_as(given.student)
-        return _gradient(given, trunk, loss(trunk, given.teacher, dense=dense))
+        return gradient_of(given, trunk, loss(trunk, given.teacher, dense=dense))
 
     return run
 
@@ -108,7 +111,7 @@ def ours(path: ops.Path, given: Problem, *, dense: Dense) -> LossAndGradient:
     def after() -> tuple[Tensor, Tensor]:
         with ops.force(path):
             (losses,) = ops.layer_losses([student], targets, weights, clone=dense)
-            return _gradient(given, student, losses.sum())
+            return gradient_of(given, student, losses.sum())
 
     def within() -> tuple[Tensor, Tensor]:
         terms = [ops.Terms(clone=dense)]
@@ -116,9 +119,23 @@ def ours(path: ops.Path, given: Problem, *, dense: Dense) -> LossAndGradient:
             taps = ops.tapped_losses(weights, targets, terms, images=batch, like=student)
             trunk = taps.tap(0, student.view_as(student))
             (losses,) = taps.losses()
-            return _gradient(given, trunk, losses.sum())
+            return gradient_of(given, trunk, losses.sum())
 
-    return within if given.arriving else after
+    return within if given.trunk else after
+
+
+def later(trunk: Tensor) -> Tensor:
+    """What comes after the tap: its backward makes a gradient of full size in one pass of writing.
+
+    Made by PyTorch, as those of a network are, so that nobody holds it but who receives it.
+    """
+    return trunk[:1].sum() / trunk[0].numel()
+
+
+def gradient_of(given: Problem, trunk: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss, and the gradient of the student's activation from it and from the later layers."""
+    total = loss + later(trunk) if given.trunk else loss
+    return loss, torch.autograd.grad(total, given.student)[0]
 
 
 def check(
@@ -130,13 +147,17 @@ def check(
         AssertionError: If one's loss or gradient is not what all are to compute.
     """
     student = given.student.detach().double().requires_grad_()
-    loss = nad_oracle(student, given.teacher.double(), dense)
-    (gradient,) = torch.autograd.grad(loss, student)
+    expected, wanted = gradient_of(
+        replace(given, student=student),
+        student,
+        loss_oracle(student, given.teacher.double(), dense=dense),
+    )
+    tolerance = TOLERANCE[given.student.dtype]
     errors = {}
     for name, candidate in candidates.items():
-        expected = gradient + given.arriving[0].double() if given.arriving else gradient
-        off, errors[name] = _errors(candidate, float(loss.detach()), expected)
-        tolerance = TOLERANCE[given.student.dtype]
+        loss, gradient = (found.detach().double() for found in candidate())
+        off = abs(float(loss / expected.detach()) - 1)
+        errors[name] = float((gradient - wanted).norm() / wanted.norm())
         assert max(off, errors[name]) <= tolerance, (
             f"{name}: loss off by {off:.2g}, gradient by {errors[name]:.2g}, relative; at most "
             f"{tolerance:.0e} allowed: nothing is timed"
@@ -144,42 +165,10 @@ def check(
     return errors
 
 
-def nad_oracle(student: Tensor, teacher: Tensor, dense: Dense) -> Tensor:
+def loss_oracle(student: Tensor, teacher: Tensor, *, dense: Dense) -> Tensor:
     """The same loss from the oracles of ``kernels/reference.py``."""
     attention = reference.attention_loss(student, teacher, form="mean")
     return ATTENTION * attention + reference.clone_loss(student, teacher, kind=dense)
-
-
-class _Later(torch.autograd.Function):
-    """The layers after the tap: their gradient is there already, and nobody else holds it."""
-
-    @staticmethod
-    def forward(ctx: Any, trunk: Tensor, arriving: list[Tensor]) -> Tensor:
-        ctx.arriving = arriving
-        return trunk.new_zeros(())
-
-    @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *_: Tensor
-    ) -> Any:
-        return ctx.arriving.pop(), None
-
-
-def _errors(candidate: LossAndGradient, loss: float, gradient: Tensor) -> tuple[float, float]:
-    found, own = candidate()
-    off = abs(float(found.detach()) / loss - 1)
-    return off, float((own.double() - gradient).norm() / gradient.norm())
-
-
-def _gradient(given: Problem, trunk: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of the student's activation; the trunk's is added if there is one."""
-    if not given.arriving:
-        (gradient,) = torch.autograd.grad(loss, given.student)
-        return loss, gradient
-    total = loss + _Later.apply(trunk, given.arriving)
-    (gradient,) = torch.autograd.grad(total, given.student)
-    given.arriving.append(gradient)
-    return loss, gradient
 
 
 def _channels(feature_map: Tensor) -> int:

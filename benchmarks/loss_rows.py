@@ -97,8 +97,8 @@ def rows_of(
         if not dense:
             rows.append(rate_row(case, "GB/s", moved[name] / 1e9, timing, place))
         elif impl == f"mimic_fast {FUSED[args.device]}":
-            # S and T read, dS written; in the trunk also G read, and S and T a second time.
-            own = (6 if args.device == "cuda" else 3) * size
+            # S and T read, dS written; in the trunk S and T read twice, and G written and read.
+            own = (7 if args.device == "cuda" else 3) * size
             rows.append(rate_row(case, "GB/s", own / 1e9, timing, place))
             for other, seconds in timings.items():
                 peer, _, kind = other.partition(", ")

@@ -20,7 +20,8 @@ FROM_CODES, FROM_VALUES = "from codes", "from values"
 # Nats by which a candidate may differ from numpy; ours is float32 on a GPU.
 TOLERANCE = {"cpu": 1e-6, "cuda": 1e-5}
 
-Candidates = dict[str, Callable[[], "NDArray[np.float64] | Tensor"]]
+Candidates = dict[str, Callable[[], NDArray[np.float64] | Tensor]]
+NumpyPeer = Callable[..., NDArray[np.float64]]
 
 
 def mi_rows(work: peers.Workload, args: argparse.Namespace, place: Place) -> list[Row]:
@@ -31,7 +32,8 @@ def mi_rows(work: peers.Workload, args: argparse.Namespace, place: Place) -> lis
     """
     torch.set_num_threads(1)
     codes = [peers.numpy_codes(values) for values in (work.x, work.y)]
-    expected = peers.numpy_histogram(codes[0] * 1.0, codes[1] * 1.0, work.name)
+    wide = [part.astype(np.float64) for part in codes]
+    expected = peers.numpy_histogram(wide[0], wide[1], work.name)
     groups = {
         FROM_CODES: from_codes(work, codes, args),
         FROM_VALUES: from_values(work, args),
@@ -85,18 +87,19 @@ def from_values(work: peers.Workload, args: argparse.Namespace) -> Candidates:
         found["one-hot product, compiled"] = lambda: product(*binned("reference", x, y))
     if args.device == "cpu":
         for name, (peer, dtype) in numpy_peers(work.name).items():
-
-            def run(peer=peer, dtype=dtype) -> NDArray[np.float64]:
-                codes = (peers.numpy_codes(values).astype(dtype) for values in (work.x, work.y))
-                return peer(*codes, work.name)
-
-            found[name] = run
+            found[name] = partial(from_numpy_values, peer, dtype, work)
     return found
 
 
-def numpy_peers(workload: str) -> dict[str, tuple[Callable[..., NDArray[np.float64]], type]]:
+def from_numpy_values(peer: NumpyPeer, dtype: type, work: peers.Workload) -> NDArray[np.float64]:
+    """Bins in numpy, then the peer."""
+    codes = (peers.numpy_codes(values).astype(dtype) for values in (work.x, work.y))
+    return peer(*codes, work.name)
+
+
+def numpy_peers(workload: str) -> dict[str, tuple[NumpyPeer, type]]:
     """Those on numpy arrays, with the type of codes that each is fastest with."""
-    found: dict[str, tuple[Callable[..., NDArray[np.float64]], type]] = {
+    found: dict[str, tuple[NumpyPeer, type]] = {
         "numpy.histogram2d, pair by pair": (peers.numpy_loop, np.float64),
         "numpy.histogram2d": (peers.numpy_histogram, np.float64),
         "numpy.bincount": (peers.numpy_bincount, np.int64),

@@ -1,12 +1,10 @@
 """The fused losses as custom operators, which torch.compile takes as they are.
 
 A custom operator may not return its input, so these return losses and coefficients, and the
-gradient of the layer's own losses; adding it to the trunk's is left to the compiler. Import this
-file once, with :func:`register`, before tracing.
+gradient of the layer's own losses; adding it to the trunk's is left to the compiler.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,15 +24,14 @@ from mimic_fast.kernels.engine import (
 )
 from mimic_fast.kernels.reference import positions
 
-EngineFor = Callable[[torch.device], Engine]
+EngineFor = Callable[[Tensor], Engine]
 
 
-@cache
 def register(engine_for: EngineFor) -> Callable[..., Tensor]:
     """Defines ``mimic_fast::distill_forward`` and ``mimic_fast::distill_backward``.
 
     Args:
-        engine_for: The kernels for a device, asked for when an operator runs.
+        engine_for: The kernels for an activation, asked for when an operator runs.
 
     Returns:
         ``losses(students, teachers, powers, weights, terms)``, ``[layer, 2, image]``, of layers of
@@ -110,7 +107,7 @@ def _forward_of(engine_for: EngineFor) -> Callable[..., tuple[Tensor, Tensor]]:
             )
             layers.append(Layer(terms=terms, target=matching(target, dense), activation=dense))
         losses = students[0].new_empty((len(layers), 2, images), dtype=accumulator(students[0]))
-        fill(engine_for(students[0].device), layers, weights, losses)
+        fill(engine_for(students[0]), layers, weights, losses)
         planes = [layer.coefficients for layer in layers if layer.coefficients is not None]
         return losses, torch.stack(planes)
 
@@ -133,7 +130,7 @@ def _backward_of(engine_for: EngineFor) -> Callable[..., Tensor]:
         dense = dense_activation(student, terms, student.shape[0])
         out = torch.empty_like(dense)
         copy_uncounted(out, None, prefix, out.shape[0])
-        engine_for(student.device).backward(
+        engine_for(student).backward(
             dense,
             matching(Target(teacher=teacher), dense).teacher,
             coefficients,

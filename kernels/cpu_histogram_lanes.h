@@ -25,7 +25,12 @@ constexpr int64_t TILE = 4096;    // images of a tile, which fills half of the c
 constexpr int64_t TOGETHER = 4;   // partners counted per tile where the images need several tiles
 constexpr int64_t PARTNERS = 16;  // of one task; a multiple of TOGETHER
 
+constexpr int PART = LANES / sizeof(double);  // lanes whose sums are one register
+
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint32_t PartCounts __attribute__((vector_size(LANES / 2)));
+typedef uint64_t PartIndices __attribute__((vector_size(LANES)));
+typedef double PartSums __attribute__((vector_size(LANES)));
 
 struct alignas(LANES) Row {  // codes of one image along LANES directions
   uint8_t lane[LANES];
@@ -136,34 +141,67 @@ void count_tile(const Scratch& scratch, int bins, Counts& counts) {
   }
 }
 
+// f(c) = c log c of PART counts, none of them beyond the table.
+#ifdef __AVX512BW__
+struct Known {
+  const double* table;
+
+  // Most counts are small: the first 32 entries are looked up in registers.
+  PartSums operator()(PartCounts counts) const {
+    const __m512i index = (__m512i)__builtin_convertvector(counts, PartIndices);
+    const __m512d low = _mm512_permutex2var_pd(eight(0), index, eight(8));
+    const __m512d high = _mm512_permutex2var_pd(eight(16), index, eight(24));
+    const __mmask8 is_high = _mm512_test_epi64_mask(index, _mm512_set1_epi64(16));
+    const __mmask8 beyond = _mm512_cmpgt_epu64_mask(index, _mm512_set1_epi64(31));
+    const __m512d found = _mm512_mask_mov_pd(low, is_high, high);
+    if (!beyond) return (PartSums)found;
+    return (PartSums)_mm512_mask_i32gather_pd(found, beyond, (__m256i)counts, table, 8);
+  }
+  __m512d eight(int first) const { return _mm512_loadu_pd(table + first); }
+};
+#else
+struct Known {
+  const double* table;
+
+  PartSums operator()(PartCounts counts) const {
+    PartSums found;
+    for (int lane = 0; lane < PART; ++lane) found[lane] = table[counts[lane]];
+    return found;
+  }
+};
+#endif
+
+// The same of any counts.
+struct Any {
+  const CLogC& f;
+
+  PartSums operator()(PartCounts counts) const {
+    PartSums found;
+    for (int lane = 0; lane < PART; ++lane) found[lane] = f(counts[lane]);
+    return found;
+  }
+};
+
 // Plug-in mutual information in every lane, nats.
 template <typename Function>
 void lane_information(const Counts& counts, int bins, const Function& f, double* out) {
-  constexpr int PART = 8;  // lanes whose sums stay in registers
-  for (int lane = 0; lane < LANES; lane += PART) {
-    uint32_t rows[MOST_BINS][PART] = {}, images[PART] = {};
-    double sums[PART] = {};
+  for (int part = 0; part < LANES; part += PART) {
+    PartCounts rows[MOST_BINS] = {}, images = {}, cell;
+    PartSums sums = {};
     for (int j = 0; j < bins; ++j) {
-      uint32_t column[PART] = {};
+      PartCounts column = {};
       for (int i = 0; i < bins; ++i) {
-        const uint32_t* const cell = counts.cell[j][i] + lane;
-        for (int l = 0; l < PART; ++l) {
-          sums[l] += f(cell[l]);
-          column[l] += cell[l];
-          rows[i][l] += cell[l];
-        }
+        std::memcpy(&cell, counts.cell[j][i] + part, sizeof cell);
+        sums += f(cell);
+        column += cell;
+        rows[i] += cell;
       }
-      for (int l = 0; l < PART; ++l) {
-        sums[l] -= f(column[l]);
-        images[l] += column[l];
-      }
+      sums -= f(column);
+      images += column;
     }
-    for (int i = 0; i < bins; ++i) {
-      for (int l = 0; l < PART; ++l) sums[l] -= f(rows[i][l]);
-    }
-    for (int l = 0; l < PART; ++l) {
-      out[lane + l] = images[l] ? std::log(double(images[l])) + sums[l] / images[l] : 0;
-    }
+    for (int i = 0; i < bins; ++i) sums -= f(rows[i]);
+    sums += f(images);
+    for (int l = 0; l < PART; ++l) out[part + l] = images[l] ? sums[l] / images[l] : 0;
   }
 }
 
@@ -172,11 +210,10 @@ void store(const Cross& job, const Counts& counts, const CLogC& f, int64_t first
            int64_t partner) {
   if (job.information) {
     double found[LANES];
-    const double* const table = f.table.data();
-    if (job.images < MOST_LOGARITHMS) {  // saves a test of every count
-      lane_information(counts, job.bins, [table](uint32_t c) { return table[c]; }, found);
+    if (job.images < MOST_LOGARITHMS) {
+      lane_information(counts, job.bins, Known{f.table.data()}, found);
     } else {
-      lane_information(counts, job.bins, f, found);
+      lane_information(counts, job.bins, Any{f}, found);
     }
     for (int64_t lane = 0; lane < lanes; ++lane) {
       job.information[job.place(first + lane, partner)] = found[lane];

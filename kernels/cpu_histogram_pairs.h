@@ -12,7 +12,8 @@
 namespace {
 
 constexpr int64_t BLOCK = 512;                // images whose cells are found before the counting
-constexpr int64_t MOST_LOGARITHMS = 1 << 15;  // a table of 256 KiB
+constexpr int64_t LEAST_LOGARITHMS = 32;      // of the table of f; cpu_histogram_lanes.h needs them
+constexpr int64_t MOST_LOGARITHMS = 1 << 15;  // 256 KiB
 constexpr int MOST_BINS_APART = 64;           // up to which four tables stay in cache
 
 struct Codes {
@@ -44,7 +45,8 @@ struct Cross {  // every x direction with every y direction at every roll
 struct CLogC {
   std::vector<double> table;
 
-  explicit CLogC(int64_t largest) : table(std::min(largest + 1, MOST_LOGARITHMS)) {
+  explicit CLogC(int64_t largest)
+      : table(std::clamp(largest + 1, LEAST_LOGARITHMS, MOST_LOGARITHMS)) {
     for (size_t c = 1; c < table.size(); ++c) table[c] = c * std::log(double(c));
   }
   double operator()(uint32_t c) const {
@@ -118,7 +120,7 @@ double information(const uint32_t* counts, int bins, const CLogC& f) {
   }
   for (int j = 0; j < bins; ++j) sums[j % 4] -= f(columns[j]);
   const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  return images ? std::log(double(images)) + sum / images : 0;
+  return images ? (f(images) + sum) / images : 0;
 }
 
 void cross_by_pairs(const Cross& job) {

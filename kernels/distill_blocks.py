@@ -1,8 +1,8 @@
 """Block sizes of the fused distillation loss: fixed by shape and element size, not tuned.
 
-A tile holds two 16-byte vectors a thread (one where warps are 64 wide); as few of
-its lanes are masked as powers of two allow. Small images take fewer warps, so that more of them
-share a processor.
+A tile holds two 16-byte vectors a thread (one where warps are 64 wide); as few of its elements are
+masked as powers of two allow. Small images take fewer warps, so that more of them share a
+processor.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import triton
 
-WASTE = 1.2  # lanes over elements, up to which the tile that is better otherwise is taken
+WASTE = 1.2  # of a tile over its elements that count, up to which the tile that is better otherwise is taken
 MOST_SLOTS = 2048  # in a row of planes: threads hold its sums in registers
 
 
@@ -34,11 +34,13 @@ class PlaneBlocks:
     num_warps: int
 
 
-def token_blocks(positions: int, channels: int, itemsize: int, *, most_warps: int) -> TokenBlocks:
-    """Tiles of tokens: few masked lanes, then many warps, then pieces of 512 bytes (a warp's)."""
+def token_blocks(
+    positions: int, channels: int, itemsize: int, *, most_warps: int, lanes: int
+) -> TokenBlocks:
+    """Tiles of tokens: few masked elements, then many warps, then pieces of 512 bytes (a warp's)."""
     options: list[tuple[float, TokenBlocks]] = []
     for warps in _warps(positions * channels * itemsize, most_warps):
-        tile = warps * 64 * 16 // itemsize
+        tile = warps * lanes * 16 // itemsize
         shortest = tile // triton.next_power_of_2(positions)
         longest = min(max(512 // itemsize, shortest), triton.next_power_of_2(channels))
         block_c = longest
@@ -51,9 +53,9 @@ def token_blocks(positions: int, channels: int, itemsize: int, *, most_warps: in
 
 
 def plane_blocks(
-    positions: int, channels: int, itemsize: int, *, dense: bool, most_warps: int
+    positions: int, channels: int, itemsize: int, *, dense: bool, most_warps: int, lanes: int
 ) -> PlaneBlocks:
-    """Tiles of planes: few masked lanes, then many warps, then rows of about 512 slots.
+    """Tiles of planes: few masked elements, then many warps, then rows of about 512 slots.
 
     Args:
         positions: HW.
@@ -61,10 +63,11 @@ def plane_blocks(
         itemsize: Bytes an element.
         dense: Whether channels follow each other without a gap: rows may hold several.
         most_warps: Of a program; 4 or 8.
+        lanes: 16-byte vectors of a tile for each warp, 32 or 64.
     """
     options: list[tuple[float, float, PlaneBlocks]] = []
     for warps in _warps(positions * channels * itemsize, most_warps):
-        tile = warps * 64 * 16 // itemsize
+        tile = warps * lanes * 16 // itemsize
         for row, block_p in _rows(positions, channels, itemsize, dense=dense):
             rows = triton.cdiv(channels, row)
             block_r = min(max(1, tile // (row * block_p)), triton.next_power_of_2(rows))
@@ -74,15 +77,9 @@ def plane_blocks(
     return min(options, key=lambda option: (option[0], -option[2].num_warps, option[1]))[2]
 
 
-def unrolled(iterations: int, *, sums: int) -> int:
-    """Iterations whose loads are in flight together, few of them in vain.
-
-    Args:
-        iterations: There are so many.
-        sums: Float32 sums an element of the tile; more than three leave room for nothing else.
-    """
-    most = 3 if sums <= 3 else 1
-    return max(n for n in range(1, most + 1) if _waste(iterations, n) <= WASTE)
+def unrolled(iterations: int) -> int:
+    """Iterations whose loads are in flight together: up to three, few of them in vain."""
+    return max(n for n in (1, 2, 3) if _waste(iterations, n) <= WASTE)
 
 
 def _rows(

@@ -37,10 +37,14 @@ def layer_stride(STRIDES: tl.constexpr, layer, COUNT: tl.constexpr):
 @triton.jit
 def raised(x, POWER: tl.constexpr):
     """|x|^p, 0 at 0."""
-    if POWER == 2:
-        return x * x
-    elif POWER == 1:
+    if POWER == 1:
         return tl.abs(x)
+    elif POWER == 2:
+        return x * x
+    elif POWER == 3:
+        return x * x * tl.abs(x)
+    elif POWER == 4:
+        return x * x * (x * x)
     else:
         size = tl.abs(x)
         # log2(0) is never taken: its infinity would warn in the interpreter.
@@ -53,13 +57,16 @@ def raised_slope(x, POWER: tl.constexpr):
     """|x|^(p-1) sign(x), the derivative of |x|^p over p, 0 at 0."""
     if POWER == 2:
         return x
+    elif POWER == 3:
+        return x * tl.abs(x)
+    elif POWER == 4:
+        return x * x * x
     else:
-        sign = tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
-        if POWER == 1:
-            return sign
-        else:
+        slope = tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+        if POWER != 1:
             size = tl.abs(x)
-            return sign * tl.exp2((POWER - 1) * tl.log2(tl.where(size > 0, size, 1.0)))
+            slope *= tl.exp2((POWER - 1) * tl.log2(tl.where(size > 0, size, 1.0)))
+        return slope
 
 
 @triton.jit
@@ -99,12 +106,13 @@ def finish_positions(
     other_squares,
     dot,
     cosines,  # [BLOCK], sum so far
-    weight,  # of the clone loss, over N
+    weight_ptr,  # of the clone loss
     q_ptr,  # coefficients of the image
     a_ptr,  # the teacher's power map
     plane,
     offs,
     mask,
+    N: tl.constexpr,
     CLONE: tl.constexpr,
     ATTENTION: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -119,6 +127,7 @@ def finish_positions(
         if not GIVEN:
             tl.store(a_ptr + offs, other, mask=mask)
     if CLONE == "cosine":
+        weight = tl.load(weight_ptr) / N
         size = tl.sqrt_rn(own_squares)
         student = tl.maximum(size, COSINE_EPSILON)
         teacher = tl.maximum(tl.sqrt_rn(other_squares), COSINE_EPSILON)
@@ -135,8 +144,8 @@ def finish_positions(
 def finish_image(
     squares,  # tile, sums of (s - t)^2
     cosines,  # [BLOCK]
-    weight,
-    clone_weight,
+    weight_ptr,  # of the attention loss
+    clone_weight_ptr,
     q_ptr,
     a_ptr,
     loss_ptr,
@@ -153,11 +162,11 @@ def finish_image(
     if ATTENTION:
         # The threads that read the rows again are not those that wrote them.
         tl.debug_barrier()
-        attention_loss = attention_row(q_ptr, a_ptr, weight, N, BLOCK_ROW)
+        attention_loss = attention_row(q_ptr, a_ptr, tl.load(weight_ptr), N, BLOCK_ROW)
     if CLONE == "mse":
-        clone_loss = tl.sum(squares) * (clone_weight / (N * C))
+        clone_loss = tl.sum(squares) * (tl.load(clone_weight_ptr) / (N * C))
     if CLONE == "cosine":
-        clone_loss = tl.sum(cosines) * (-clone_weight / N)
+        clone_loss = tl.sum(cosines) * (-tl.load(clone_weight_ptr) / N)
     tl.store(loss_ptr, attention_loss)
     tl.store(loss_ptr + images, clone_loss)
 

@@ -38,20 +38,20 @@ class Plan:
         blocks: Programs of an image: the axes of the grid after that of images.
         constants: Values of the constexpr arguments.
         num_warps: Warps a program.
-        aligned: Whether all data can move 16 bytes at a time.
+        note: Why not all data moves 16 bytes at a time, or empty.
     """
 
     kernel: Any
     blocks: tuple[int, ...]
     constants: dict[str, Any]
     num_warps: int
-    aligned: bool
+    note: str
 
 
 @functools.lru_cache(maxsize=256)
 def plan_powers(features: tuple[Layout, ...], itemsize: int, *, power: float) -> Plan:
     """Launch that computes the power maps of activations of one shape."""
-    constants, warps, aligned = _shape(features, features, itemsize, sums=1, most_warps=4)
+    constants, warps, note = _shape(features, features, itemsize, most_warps=4)
     constants |= {"LAYERS": len(features), "POWER": float(power)}
     del constants["TEACHER_IMAGE_STRIDES"], constants["TEACHER_ROW_STRIDES"]
     tokens = features[0].kind == "tokens"
@@ -61,7 +61,7 @@ def plan_powers(features: tuple[Layout, ...], itemsize: int, *, power: float) ->
         blocks=(triton.cdiv(features[0].positions, block), len(features)),
         constants=constants,
         num_warps=warps,
-        aligned=aligned,
+        note=note,
     )
 
 
@@ -77,11 +77,9 @@ def plan_forward(
     given: bool,
 ) -> Plan:
     """Launch of the forward pass; ``given``: the teachers' power maps are."""
-    powers = attention * (1 if given else 2)
-    squares = {"none": 0, "mse": 1, "cosine": 3}[clone]
-    # The squares of a cosine are the powers of p = 2.
-    sums = squares if clone == "cosine" and power == 2 else powers + squares
-    constants, warps, aligned = _shape(students, teachers, itemsize, sums=sums, most_warps=8)
+    # Four or five sums an element: the squares of the cosine are the powers of p = 2 only.
+    lanes = 32 if clone == "cosine" and attention and power != 2 else 64
+    constants, warps, note = _shape(students, teachers, itemsize, most_warps=8, lanes=lanes)
     constants |= _loss(power=power, clone=clone, attention=attention)
     constants |= {"LAYERS": len(students), "GIVEN": given}
     constants["BLOCK_ROW"] = min(MOST_ROW, triton.next_power_of_2(students[0].positions))
@@ -90,7 +88,7 @@ def plan_forward(
         blocks=(len(students),),
         constants=constants,
         num_warps=warps,
-        aligned=aligned,
+        note=note,
     )
 
 
@@ -106,7 +104,7 @@ def plan_backward(
     trunk: bool,
 ) -> Plan:
     """Launch of the backward pass of one layer."""
-    constants, warps, aligned = _shape([student], [teacher], itemsize, sums=0, most_warps=4)
+    constants, warps, note = _shape([student], [teacher], itemsize, most_warps=4)
     constants |= _loss(power=power, clone=clone, attention=attention) | {"TRUNK": trunk}
     for name in ("IMAGE_STRIDE", "ROW_STRIDE", "TEACHER_IMAGE_STRIDE", "TEACHER_ROW_STRIDE"):
         (constants[name],) = constants.pop(f"{name}S")
@@ -125,7 +123,7 @@ def plan_backward(
         blocks=blocks,
         constants=constants,
         num_warps=warps,
-        aligned=aligned,
+        note=note,
     )
 
 
@@ -139,34 +137,43 @@ def _shape(
     teachers: Sequence[Layout],
     itemsize: int,
     *,
-    sums: int,
     most_warps: int,
-) -> tuple[dict[str, Any], int, bool]:
-    """Constants of shape, strides and blocks; warps; whether all is aligned to 16 bytes."""
-    shape = students[0]
-    every = [*students, *teachers]
+    lanes: int = 64,
+) -> tuple[dict[str, Any], int, str]:
+    """Constants of shape, strides and blocks; warps; why not all data moves 16 bytes at a time."""
+    shape, every = students[0], [*students, *teachers]
     if shape.kind == "tokens":
-        blocks = token_blocks(shape.positions, shape.channels, itemsize, most_warps=most_warps)
-        row, piece = 1, shape.channels
+        blocks = token_blocks(
+            shape.positions, shape.channels, itemsize, most_warps=most_warps, lanes=lanes
+        )
+        piece = shape.channels
         iterations = triton.cdiv(shape.channels, blocks.block_c)
         sizes = {"N": shape.positions, "BLOCK_N": blocks.block_n, "BLOCK_C": blocks.block_c}
         row_strides = [layout.stride_position for layout in every]
     else:
         dense = all(layout.stride_channel == layout.positions for layout in every)
         blocks = plane_blocks(
-            shape.positions, shape.channels, itemsize, dense=dense, most_warps=most_warps
+            shape.positions,
+            shape.channels,
+            itemsize,
+            dense=dense,
+            most_warps=most_warps,
+            lanes=lanes,
         )
-        row, piece = blocks.row, shape.positions * math.gcd(blocks.row, shape.channels)
-        iterations = triton.cdiv(shape.channels, row * blocks.block_r)
-        sizes = {"HW": shape.positions, "BLOCK_R": blocks.block_r, "BLOCK_P": blocks.block_p}
-        sizes["V"] = row
-        row_strides = [layout.stride_channel * row for layout in every]
+        piece = shape.positions * math.gcd(blocks.row, shape.channels)
+        iterations = triton.cdiv(shape.channels, blocks.row * blocks.block_r)
+        sizes = {"HW": shape.positions, "V": blocks.row}
+        sizes |= {"BLOCK_R": blocks.block_r, "BLOCK_P": blocks.block_p}
+        row_strides = [layout.stride_channel * blocks.row for layout in every]
     image_strides = [layout.stride_image for layout in every]
-    constants = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations, sums=sums)}
-    constants |= _tables(image_strides, row_strides)
-    numbers = (piece, *image_strides, *row_strides)
-    aligned = all(number * itemsize % 16 == 0 for number in numbers)
-    return constants, blocks.num_warps, aligned
+    steps = (piece, *image_strides, *row_strides)
+    note = ""
+    if any(step * itemsize % 16 for step in steps):
+        note = "rows do not start and end at multiples of 16 bytes"
+    elif lanes < 64:
+        note = "five sums an element leave a thread 8 bytes of data where warps are 64 wide"
+    constants = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations)}
+    return constants | _tables(image_strides, row_strides), blocks.num_warps, note
 
 
 def _tables(image_strides: list[int], row_strides: list[int]) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def planes_fwd_kernel(
     plane = images.to(tl.int64) * HW
     q_ptr = coefficients_ptr + layer * PLANES * plane + image * HW
     a_ptr = powers_ptr + layer * plane + image * HW
-    weight = tl.load(weights_ptr + layer * weight_column)
-    clone_weight = tl.load(weights_ptr + weight_row + layer * weight_column)
+    weight_ptr = weights_ptr + layer * weight_column
+    clone_weight_ptr = weight_ptr + weight_row
     zeros = tl.zeros([BLOCK_R, V * BLOCK_P], tl.float32)
     squares = zeros
     cosines = tl.zeros([BLOCK_P], tl.float32)
@@ -174,11 +174,11 @@ def planes_fwd_kernel(
             fold(tl.sum(own_squares, axis=0), HW, V, BLOCK_P),
             fold(tl.sum(other_squares, axis=0), HW, V, BLOCK_P),
             fold(tl.sum(dot, axis=0), HW, V, BLOCK_P),
-            cosines, clone_weight / HW, q_ptr, a_ptr, plane, offs_p, offs_p < HW,
-            CLONE, ATTENTION, GIVEN, PLANES,
+            cosines, clone_weight_ptr, q_ptr, a_ptr, plane, offs_p, offs_p < HW,
+            HW, CLONE, ATTENTION, GIVEN, PLANES,
         )  # fmt: skip
     finish_image(
-        squares, cosines, weight, clone_weight, q_ptr, a_ptr,
+        squares, cosines, weight_ptr, clone_weight_ptr, q_ptr, a_ptr,
         losses_ptr + layer * 2 * images + image, images, HW, C, BLOCK_ROW, CLONE, ATTENTION,
     )  # fmt: skip
 

@@ -125,8 +125,8 @@ def tokens_fwd_kernel(
     plane = images.to(tl.int64) * N
     q_ptr = coefficients_ptr + layer * PLANES * plane + image * N
     a_ptr = powers_ptr + layer * plane + image * N
-    weight = tl.load(weights_ptr + layer * weight_column)
-    clone_weight = tl.load(weights_ptr + weight_row + layer * weight_column)
+    weight_ptr = weights_ptr + layer * weight_column
+    clone_weight_ptr = weight_ptr + weight_row
     offs_c = tl.arange(0, BLOCK_C)
     zeros = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     squares = zeros
@@ -151,11 +151,11 @@ def tokens_fwd_kernel(
                 )  # fmt: skip
         cosines = finish_positions(
             tl.sum(own, axis=1), tl.sum(other, axis=1), tl.sum(own_squares, axis=1),
-            tl.sum(other_squares, axis=1), tl.sum(dot, axis=1), cosines, clone_weight / N,
-            q_ptr, a_ptr, plane, offs_n, mask_n, CLONE, ATTENTION, GIVEN, PLANES,
+            tl.sum(other_squares, axis=1), tl.sum(dot, axis=1), cosines, clone_weight_ptr,
+            q_ptr, a_ptr, plane, offs_n, mask_n, N, CLONE, ATTENTION, GIVEN, PLANES,
         )  # fmt: skip
     finish_image(
-        squares, cosines, weight, clone_weight, q_ptr, a_ptr,
+        squares, cosines, weight_ptr, clone_weight_ptr, q_ptr, a_ptr,
         losses_ptr + layer * 2 * images + image, images, N, C, BLOCK_ROW, CLONE, ATTENTION,
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ from mimic_fast.ops_histogram import (
 from mimic_fast.ops_loss import (
     attention_loss,
     clone_loss,
+    compiled_losses,
     layer_losses,
     power_maps,
     tapped_losses,
@@ -59,6 +60,7 @@ __all__ = [
     "calls",
     "choose",
     "clone_loss",
+    "compiled_losses",
     "counted_information",
     "cross_histogram",
     "cross_information",

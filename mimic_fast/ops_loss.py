@@ -125,9 +125,13 @@ def layer_losses(
     terms = Terms(power=power, clone=clone, attention=attention, prefix=prefix)
     for student, target in zip(students, targets, strict=True):
         _check_pair(student, target, terms)
-    path = choose("distill", students[0].device, students[0].dtype).path
-    count_call("distill", path, len(students))
     wide = weights.to(accumulator(students[0]))
+    if torch.compiler.is_compiling() and _fused(students[0].device, students[0].dtype):
+        return compiled_losses(students, targets, wide, terms)
+    path: Path = "reference"
+    if not torch.compiler.is_compiling():
+        path = choose("distill", students[0].device, students[0].dtype).path
+        count_call("distill", path, len(students))
     if path in ("reference", "compiled"):
         live = LiveLosses(
             weights=wide,
@@ -139,8 +143,6 @@ def layer_losses(
         for number, student in enumerate(students):
             live.tap(number, student, prefix=prefix)
         return live.losses()
-    if torch.compiler.is_compiling():
-        return _traced_losses(students, targets, wide, terms)
     return list(distill_losses(engine(path), students, targets, wide, [terms] * len(students)))
 
 
@@ -184,13 +186,12 @@ def clone_loss(
     return losses[1].sum()
 
 
-def _traced_losses(
+def compiled_losses(
     students: Sequence[Tensor], targets: Sequence[Target], weights: Tensor, terms: Terms
 ) -> list[Tensor]:
-    """One custom operator a layer: the compiler sees shapes, not pointers."""
-    losses = register(_engine_for)
+    """As ``layer_losses``, by one custom operator a layer: what torch.compile can take."""
     return [
-        losses(
+        _OPERATOR(
             [student],
             [] if target.teacher is None else [target.teacher],
             [] if target.power is None else [target.power],
@@ -201,8 +202,19 @@ def _traced_losses(
     ]
 
 
-def _engine_for(device: torch.device) -> Engine:
-    return engine("triton" if device.type == "cuda" else "cpp")
+@torch.compiler.assume_constant_result
+def _fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for it; asked while tracing, when nothing else may run."""
+    return choose("distill", device, dtype).path in ("triton", "cpp")
+
+
+def _engine_for(activation: Tensor) -> Engine:
+    path = choose("distill", activation.device, activation.dtype).path
+    count_call("distill", path)
+    return engine(path)
+
+
+_OPERATOR = register(_engine_for)
 
 
 def _plain(path: Path) -> Callable[..., Tensor]:

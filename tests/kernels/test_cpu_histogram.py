@@ -111,7 +111,7 @@ def test_cross_pairs_equal_the_oracle(library, data, bins, rows, others, images)
 
 
 @pytest.mark.parametrize("images", [255, 256, 2048, 4096, 4097, 9001])
-@pytest.mark.parametrize("bins", [3, 8, 12, 16])
+@pytest.mark.parametrize("bins", [2, 4, 5, 8, 9, 12, 13, 16])
 def test_many_images_and_partners_equal_the_oracle(library, bins, images):
     # more than the images of a tile, the counters of a byte, the partners of a task
     x = random_codes(3, images, bins=bins)
@@ -131,6 +131,17 @@ def test_counts_beyond_the_table_of_logarithms_equal_the_oracle(library, bins):
     assert_cross_is_right(x, y, bins, (0, 3), library)
     nats = cpu_histogram.matched_information(x, y, bins=bins, library=library)
     torch.testing.assert_close(nats, reference.matched_information(x, y, bins=bins), **NATS)
+
+
+@pytest.mark.parametrize("bins", [2, 7, 16, 17])
+def test_no_code_beyond_the_bins_is_counted_on_either_side(library, bins):
+    every = torch.arange(256, dtype=torch.uint8).repeat(2, 3)
+    y = random_codes(3, every.shape[1], bins=bins)
+
+    assert_cross_is_right(every, y, bins, (0, 1), library)
+    assert_cross_is_right(y, every, bins, (0, 1), library)
+    found = cpu_histogram.joint_histogram(every, y[:2], bins=bins, library=library)
+    assert torch.equal(found, reference.joint_histogram(every, y[:2], bins=bins))
 
 
 def test_dense_rows_are_read_where_they_are_and_others_by_value(library):
@@ -207,6 +218,7 @@ def test_equal_mass_codes_of_any_distribution_equal_the_oracle(library, bins, dt
             1 + 1e-6 * z,  # neighbors differ in the last bits
             z.sort(dim=1).values,
             torch.where(z > 2, 1e30 * z, 1e-30 * z),
+            (torch.arange(5003) % 2049 * 2.0**-149)[None],  # all bit patterns of a range
         ]
     ).to(dtype)
 
