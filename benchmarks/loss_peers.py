@@ -101,12 +101,21 @@ def compiled(given: Problem, *, dense: Dense) -> LossAndGradient:
     return plain(lambda student, teacher, dense: loss(student, teacher), given, dense=dense)
 
 
-def ours(path: ops.Path, given: Problem, *, dense: Dense) -> LossAndGradient:
-    """``ops`` on one path: in the trunk where there is one, else after the forward pass."""
+def ours(
+    path: ops.Path, given: Problem, *, dense: ops.Clone, target: ops.Target | None = None
+) -> LossAndGradient:
+    """``ops`` on one path: in the trunk where there is one, else after the forward pass.
+
+    Args:
+        path: Which is forced.
+        given: Activations.
+        dense: Kind of the clone loss.
+        target: What the student is compared with; None: the teacher's activation.
+    """
     student = given.student
     batch, positions = reference.positions(student).shape[:2]
     weights = torch.tensor([[ATTENTION / positions], [1.0]], device=student.device) / batch
-    targets = [ops.Target(teacher=given.teacher)]
+    targets = [target or ops.Target(teacher=given.teacher)]
 
     def after() -> tuple[Tensor, Tensor]:
         with ops.force(path):

@@ -141,12 +141,16 @@ inline Vector<A> raised(Vector<A> x, A power) {
   Vector<A> series = zero;
   for (int k = log_terms; k >= 0; --k) series = series * square + A(1) / A(2 * k + 1);
   Vector<A> y = power * (__builtin_convertvector(exponent, Vector<A>) + f * series * (2 / ln2));
-  y = y < A(-bias) ? zero - A(bias) : y > A(bias + 1) ? zero + A(bias + 1) : y;
+  constexpr A lowest = -bias - mantissa, highest = bias + 2;
+  y = y < lowest ? zero + lowest : y > highest ? zero + highest : y;
   const Bits whole = __builtin_convertvector(y + (y < 0 ? zero - A(0.5) : zero + A(0.5)), Bits);
   const Vector<A> part = (y - __builtin_convertvector(whole, Vector<A>)) * ln2;
   Vector<A> result = zero + 1;
   for (int k = terms; k >= 1; --k) result = result * (part * (A(1) / A(k))) + 1;
-  result = x == 0 ? zero : result * (Vector<A>)((whole + bias) << mantissa);
+  const Bits half = whole >> 1;  // twice a half: neither overflows before the result does
+  result *= (Vector<A>)((half + bias) << mantissa);
+  result *= (Vector<A>)((whole - half + bias) << mantissa);
+  result = x == 0 ? zero : result;
   return x < std::numeric_limits<A>::infinity() ? result : x;  // infinity and NaN pass through
 }
 

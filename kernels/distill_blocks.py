@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import triton
 
-WASTE = 1.2  # of a tile over its elements that count, up to which the tile that is better otherwise is taken
+WASTE = 1.2  # elements of a tile over those that count: below it, other merits decide
 MOST_SLOTS = 2048  # in a row of planes: threads hold its sums in registers
 
 
@@ -37,7 +37,7 @@ class PlaneBlocks:
 def token_blocks(
     positions: int, channels: int, itemsize: int, *, most_warps: int, lanes: int
 ) -> TokenBlocks:
-    """Tiles of tokens: few masked elements, then many warps, then pieces of 512 bytes (a warp's)."""
+    """Tiles of tokens: few masked elements, then many warps, then pieces of 512 bytes."""
     options: list[tuple[float, TokenBlocks]] = []
     for warps in _warps(positions * channels * itemsize, most_warps):
         tile = warps * lanes * 16 // itemsize

@@ -13,8 +13,14 @@ from mimic_fast.ops_choice import Path, choose, count_call, cpu_library
 def equal_mass_codes(
     values: Float[Tensor, "direction image"], *, bins: int
 ) -> UInt8[Tensor, "direction image"]:
-    """Bin of every image by its rank, K bins of equal mass; as ``reference.equal_mass_codes``."""
+    """Bin of every image by its rank, K bins of equal mass; as ``reference.equal_mass_codes``.
+
+    Raises:
+        ValueError: If K is not 2 to 256, or a value is NaN, which has no rank.
+    """
     _check_bins(bins)
+    if bool(values.isnan().any()):
+        raise ValueError("expected numbers to rank, got NaN; edge_codes counts NaN apart")
     path = choose("histogram", values.device).path
     # Ranking is a sort: torch has the GPU's, and there is no kernel of ours for it.
     return _on_path(

@@ -201,3 +201,8 @@ def test_edges_of_256_bins_are_refused():
         ops.edge_codes(randn(1, 9), torch.linspace(0, 1, 257)[None])
     with pytest.raises(ValueError, match=r"images must be a range within 0\.\.9, got 3\.\.10"):
         ops.joint_histogram(codes(1, 9), codes(1, 9), bins=5, images=(3, 10))
+
+
+def test_ranks_of_nan_are_refused():
+    with pytest.raises(ValueError, match="got NaN"):
+        ops.equal_mass_codes(torch.tensor([[1.0, float("nan"), 2.0]]), bins=2)
