@@ -24,12 +24,17 @@ def main() -> None:
     # Triton reads the first, PyTorch's profiler the second (it prints when it starts) on import.
     os.environ |= {"TRITON_INTERPRET": "1", "KINETO_LOG_LEVEL": "6"}
 
+    from compiled_memory import compiled_memory_rows
     from micro import results_file
-    from traffic_rows import traffic_rows
+    from traffic_rows import launch_rows, traffic_rows
 
     out = args.out or results_file("traffic", "counted")
+    machine = this_machine(threads=1)
     for shape in args.shapes:
-        rows = traffic_rows(shape, machine=this_machine(threads=1), compile=not args.no_compile)
+        rows = traffic_rows(shape, machine=machine)
+        if not args.no_compile:
+            rows += compiled_memory_rows(shape, machine=machine)
+        rows += launch_rows(shape, machine=machine)
         append_rows(out, rows)
         print(tables(rows), flush=True)
     print(f"rows added to {out}")

@@ -3,8 +3,9 @@
     python benchmarks/show_rows.py benchmarks/results/loss_cpu_202611.csv
     python benchmarks/show_rows.py benchmarks/results/mi_cpu_202611.csv --metrics cpu_time speedup
 
-One table for each operation, shape, dtype, machine and commit, in the order of the file. Times of
-less than a second are in milliseconds. ``--metrics`` keeps those that begin so.
+One table for each operation, shape, dtype, machine and commit, in the order of the file; figures
+that were measured once stand beside each other. Times of less than a second are in milliseconds.
+``--metrics`` keeps those that begin so.
 """
 
 import argparse
@@ -38,11 +39,10 @@ def tables(rows: Iterable[Row], *, metrics: Sequence[str] = ("",)) -> str:
     parts = []
     for (op, shape, dtype, device, *versions), members in groupby(kept, key=_heading):
         torch, triton, commit, date = versions
+        found = list(members)
         parts.append(
             f"**{op}, {shape}, {dtype}** ({device}; torch {torch}, Triton {triton}, commit "
-            f"{commit}, {date})\n\n"
-            "| implementation | mode | metric | median | 20th to 80th percentile | fastest |\n"
-            "|---|---|---|---|---|---|\n" + "\n".join(_line(row) for row in members)
+            f"{commit}, {date})\n\n{_spreads(found) if found[0]['min'] else _single(found)}"
         )
     return "\n\n".join(parts)
 
@@ -54,12 +54,35 @@ def _heading(row: Row) -> tuple[str, ...]:
     )
 
 
-def _line(row: Row) -> str:
-    median, low, high, fastest = (_shown(row[key], row) for key in ("p50", "p20", "p80", "min"))
-    spread = f"{low} to {high}" if low else ""
-    unit = "ms" if _small(row) else row["unit"]
-    cells = (row["impl"], row["mode"], row["metric"], f"{median} {unit}", spread, fastest)
-    return f"| {' | '.join(cells)} |"
+def _spreads(rows: Sequence[Row]) -> str:
+    """A line for each figure."""
+    lines = []
+    for row in rows:
+        median, low, high, best = (_shown(row[key], row) for key in ("p50", "p20", "p80", "min"))
+        spread = f"{low} to {high}" if low else ""
+        unit = "ms" if _small(row) else row["unit"]
+        lines.append((row["impl"], row["mode"], row["metric"], f"{median} {unit}", spread, best))
+    heads = ("implementation", "mode", "metric", "median", "20th to 80th percentile", "fastest")
+    return _table(heads, lines)
+
+
+def _single(rows: Sequence[Row]) -> str:
+    """A line for each implementation, a column for each metric."""
+    metrics = list(dict.fromkeys((row["metric"], row["unit"]) for row in rows))
+    lines: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in rows:
+        cells = lines.setdefault((row["mode"], row["impl"]), {})
+        cells[row["metric"], row["unit"]] = _shown(row["p50"], row)
+    heads = [f"{name}, {unit}" if unit else name for name, unit in metrics]
+    return _table(
+        ("mode", "implementation", *heads),
+        [(*key, *(cells.get(metric, "") for metric in metrics)) for key, cells in lines.items()],
+    )
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _small(row: Row) -> bool:

@@ -110,10 +110,9 @@ void set_factors(const Job &job, const Walk &walk, const Sums<A> &slopes, const 
   const double mse = 2 * grad[1] * clone_weight / (double(N) * job.channels);
   for (int64_t n = 0; n < N; ++n) {
     const double slope = job.attention ? job.power * grad[0] * slopes.student[n] : 0;
-    const double alpha = job.clone == kCosine ? grad[1] * slopes.own[n] : mse;
-    const double beta = job.clone == kCosine ? grad[1] * slopes.other[n] : -mse;
-    factors.x[n] = A(job.power == 2 ? slope + (alpha + beta) : alpha + beta);
-    factors.y[n] = A(-beta);
+    const double alpha = job.clone == kCosine ? grad[1] * slopes.own[n] : 0;
+    factors.x[n] = A(job.power == 2 ? slope + alpha : alpha);
+    factors.y[n] = A(job.clone == kCosine ? grad[1] * slopes.other[n] : mse);
     factors.z[n] = A(job.power == 2 ? 0 : slope);
   }
   for (A *factor : {factors.x, factors.y, factors.z})
@@ -148,11 +147,15 @@ Reduce<T> reduce_for(const Job &job, bool teacher) {
   return job.power == 1 ? reduce_for<T, kOne>(job, teacher) : reduce_for<T, kAny>(job, teacher);
 }
 
+template <typename T, int P, int CLONE>
+Write<T> write_for(const Job &job) {
+  return job.planes ? write_gradient<T, P, CLONE, true> : write_gradient<T, P, CLONE, false>;
+}
+
 template <typename T, int P>
 Write<T> write_for(const Job &job) {
-  if (job.clone == kNone)
-    return job.planes ? write_gradient<T, P, false, true> : write_gradient<T, P, false, false>;
-  return job.planes ? write_gradient<T, P, true, true> : write_gradient<T, P, true, false>;
+  if (job.clone == kMse) return write_for<T, P, kMse>(job);
+  return job.clone == kCosine ? write_for<T, P, kCosine>(job) : write_for<T, P, kNone>(job);
 }
 
 template <typename T>

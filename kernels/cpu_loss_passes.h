@@ -32,8 +32,8 @@ struct Sums {  // one a position, or one a slot
 };
 
 template <typename A>
-struct Factors {  // gradient = x s + y (s - t) + z |s|^(p-1) sign(s); one a position, or one a slot
-  A *x, *y, *z;
+struct Factors {  // of the gradient: x of s, y of t or of s - t (MSE), z of |s|^(p-1) sign(s)
+  A *x, *y, *z;  // one a position, or one a slot
 };
 
 template <typename A, int P, int CLONE, bool TEACHER>
@@ -145,13 +145,13 @@ void reduce_planes(const Walk &walk, Lines<const T> s, Lines<const T> t, WideOf<
   }
 }
 
-template <typename T, int P, bool TEACHER, bool PLANES>
+template <typename T, int P, int CLONE, bool PLANES>
 void write_gradient(const Walk &walk, Lines<const T> s, Lines<const T> t, Lines<const T> trunk,
                     Lines<T> out, WideOf<T> power, Factors<WideOf<T>> factors, bool stream) {
   using A = WideOf<T>;
   // From the end: what the first pass read last is still in the cache.
   for (int64_t line = walk.lines - 1; line >= 0; --line) {
-    const T *own = s.start + line * s.step, *other = TEACHER ? t.start + line * t.step : own;
+    const T *own = s.start + line * s.step, *other = CLONE != kNone ? t.start + line * t.step : own;
     const T *before = trunk.start ? trunk.start + line * trunk.step : nullptr;
     T *to = out.start + line * out.step;
     const int64_t length = line + 1 < walk.lines ? walk.length : walk.last_length;
@@ -166,7 +166,8 @@ void write_gradient(const Walk &walk, Lines<const T> s, Lines<const T> t, Lines<
         x = load(factors.x + k), y = load(factors.y + k), z = load(factors.z + k);
       const Vector<A> value = load(own + k, left);
       Vector<A> gradient = x * value;
-      if constexpr (TEACHER) gradient += y * (value - load(other + k, left));
+      if constexpr (CLONE == kMse) gradient += y * (value - load(other + k, left));
+      if constexpr (CLONE == kCosine) gradient += y * load(other + k, left);
       if constexpr (P != kTwo) gradient += z * slope_of<P, A>(value, power);
       if (before) gradient += load(before + k, left);
       store(to + k, gradient, left, aligned);

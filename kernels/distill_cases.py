@@ -89,7 +89,7 @@ def _planes(positions: int, channels: int) -> Layout:
 
 def _layer_cases(layout: Layout, dtype: str) -> Iterator[AotCase]:
     """What a step launches of a layer: attention alone, or with a dense clone loss."""
-    yield _powers(layout, dtype, power=2)
+    yield _powers(layout, dtype, power=2.0)
     yield _forward(layout, dtype, given=True)
     yield _backward(layout, dtype, trunk=True)
     for clone in ("mse", "cosine"):
@@ -112,7 +112,7 @@ def _rare_cases(layout: Layout, dtype: str) -> Iterator[AotCase]:
     yield _forward(layout, dtype, given=True, layers=24)
     for clone in ("none", "mse", "cosine"):
         yield _backward(layout, dtype, clone=clone, trunk=False)
-    for power in (1, 3, 4, 1.5):
+    for power in (1.0, 1.5, 3.0, 4.0):
         yield _powers(layout, dtype, power=power)
         yield _forward(layout, dtype, power=power, given=True)
         yield _forward(layout, dtype, power=power, clone="cosine")
@@ -132,7 +132,7 @@ def _forward(
     clone: Clone = "none",
     attention: bool = True,
     given: bool = False,
-    power: float = 2,
+    power: float = 2.0,
     layers: int = LAYERS,
 ) -> AotCase:
     plan = plan_forward(
@@ -156,7 +156,7 @@ def _backward(
     clone: Clone = "none",
     attention: bool = True,
     trunk: bool,
-    power: float = 2,
+    power: float = 2.0,
 ) -> AotCase:
     plan = plan_backward(
         layout,
@@ -174,7 +174,7 @@ def _backward(
 
 def _named(layout: Layout, dtype: str, power: float) -> str:
     name = f"{layout.kind} N{layout.positions} C{layout.channels} {dtype}"
-    return name + f" p{power}" * (power != 2)
+    return name + f" p{power:g}" * (power != 2)
 
 
 def _case(name: str, plan: Plan, types: Mapping[str, Any]) -> AotCase:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from mimic_fast.kernels.distill_cases import aot_cases as aot_cases
 from mimic_fast.kernels.distill_plan import (
     Clone,
     Plan,

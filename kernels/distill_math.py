@@ -5,8 +5,11 @@ of an element (formulas: ``reference.layer_losses``). Where the numbers lie is t
 ``distill_tokens.py`` and ``distill_planes.py``.
 """
 
-# tl.range is iterable inside triton.jit only.
+# tl.static_range is iterable inside triton.jit only.
 # pyright: reportGeneralTypeIssues=false
+# no_type_check: checked by jaxtyping, a function is wrapped, and the interpreter loses its globals.
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
@@ -16,6 +19,7 @@ COSINE_EPSILON = tl.constexpr(1e-8)  # as torch.nn.functional.cosine_similarity
 
 
 @triton.jit
+@no_type_check
 def layer_pointer(pointers, layer, LAYERS: tl.constexpr):
     """Entry of a pointer table that travels in the kernel's arguments, not through memory."""
     pointer = pointers[0]
@@ -26,15 +30,17 @@ def layer_pointer(pointers, layer, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def layer_stride(STRIDES: tl.constexpr, layer, COUNT: tl.constexpr):
+@no_type_check
+def layer_stride(STRIDES: tl.constexpr, layer, COUNT: tl.constexpr, TYPE: tl.constexpr):
     """Entry of a table of COUNT strides; a single one stands for all layers."""
-    stride = tl.full([], STRIDES[0], tl.int64)
+    stride = tl.full([], STRIDES[0], TYPE)
     for i in tl.static_range(1, COUNT):
-        stride = tl.where(layer == i, STRIDES[i], stride)
+        stride = tl.where(layer == i, STRIDES[i], stride).to(TYPE)
     return stride
 
 
 @triton.jit
+@no_type_check
 def raised(x, POWER: tl.constexpr):
     """|x|^p, 0 at 0."""
     if POWER == 1:
@@ -53,6 +59,7 @@ def raised(x, POWER: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def raised_slope(x, POWER: tl.constexpr):
     """|x|^(p-1) sign(x), the derivative of |x|^p over p, 0 at 0."""
     if POWER == 2:
@@ -70,6 +77,7 @@ def raised_slope(x, POWER: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def add_elements(
     own,  # sums so far, of |s|^p, |t|^p, s^2, t^2, s t and (s - t)^2
     other,
@@ -99,6 +107,7 @@ def add_elements(
 
 
 @triton.jit
+@no_type_check
 def finish_positions(
     own,  # [BLOCK], sums over all channels
     other,
@@ -141,6 +150,7 @@ def finish_positions(
 
 
 @triton.jit
+@no_type_check
 def finish_image(
     squares,  # tile, sums of (s - t)^2
     cosines,  # [BLOCK]
@@ -172,6 +182,7 @@ def finish_image(
 
 
 @triton.jit
+@no_type_check
 def attention_row(
     student_ptr,  # [N], a_S of one image; replaced by q = d loss / d a_S
     teacher_ptr,  # [N], a_T
@@ -220,6 +231,7 @@ def attention_row(
 
 
 @triton.jit
+@no_type_check
 def load_coefficients(
     row_ptr,  # coefficients of the image
     plane,
@@ -246,6 +258,7 @@ def load_coefficients(
 
 
 @triton.jit
+@no_type_check
 def add_gradient(
     total,  # the trunk's gradient, or zeros
     s,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import triton
+import triton.language as tl
 
 from mimic_fast.kernels.distill_blocks import plane_blocks, token_blocks, unrolled
 from mimic_fast.kernels.distill_planes import (
@@ -146,7 +147,7 @@ def _shape(
         blocks = token_blocks(
             shape.positions, shape.channels, itemsize, most_warps=most_warps, lanes=lanes
         )
-        piece = shape.channels
+        rows, piece = shape.positions, shape.channels
         iterations = triton.cdiv(shape.channels, blocks.block_c)
         sizes = {"N": shape.positions, "BLOCK_N": blocks.block_n, "BLOCK_C": blocks.block_c}
         row_strides = [layout.stride_position for layout in every]
@@ -160,8 +161,9 @@ def _shape(
             most_warps=most_warps,
             lanes=lanes,
         )
+        rows = triton.cdiv(shape.channels, blocks.row)
         piece = shape.positions * math.gcd(blocks.row, shape.channels)
-        iterations = triton.cdiv(shape.channels, blocks.row * blocks.block_r)
+        iterations = triton.cdiv(rows, blocks.block_r)
         sizes = {"HW": shape.positions, "V": blocks.row}
         sizes |= {"BLOCK_R": blocks.block_r, "BLOCK_P": blocks.block_p}
         row_strides = [layout.stride_channel * blocks.row for layout in every]
@@ -172,7 +174,9 @@ def _shape(
         note = "rows do not start and end at multiples of 16 bytes"
     elif lanes < 64:
         note = "five sums an element leave a thread 8 bytes of data where warps are 64 wide"
-    constants = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations)}
+    reach = (rows + 1) * max(piece, *row_strides)
+    constants: dict[str, Any] = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations)}
+    constants["OFFSETS"] = tl.int32 if reach < 2**31 else tl.int64
     return constants | _tables(image_strides, row_strides), blocks.num_warps, note
 
 

@@ -5,8 +5,11 @@ of V channels are read as flat slots, slot s being position s % HW, so that ever
 Sums stay with their slots until all channels are in, and are folded to positions once an image.
 """
 
-# tl.range is iterable inside triton.jit only.
+# tl.static_range is iterable inside triton.jit only.
 # pyright: reportGeneralTypeIssues=false
+# no_type_check: checked by jaxtyping, a function is wrapped, and the interpreter loses its globals.
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
@@ -25,6 +28,7 @@ from mimic_fast.kernels.distill_tokens import BACKWARD_SIDES, FORWARD_SIDES, POW
 
 
 @triton.jit
+@no_type_check
 def slots_from(first, V: tl.constexpr, BLOCK_P: tl.constexpr):
     """Slots of a row, of the positions from ``first`` on; rows of several channels are whole."""
     slots = tl.arange(0, V * BLOCK_P)
@@ -34,6 +38,7 @@ def slots_from(first, V: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def fold(sums, HW: tl.constexpr, V: tl.constexpr, BLOCK_P: tl.constexpr):
     """Sums of slots to sums of positions, [V * BLOCK_P] -> [BLOCK_P] (HW of them count)."""
     if V == 1:
@@ -47,6 +52,7 @@ def fold(sums, HW: tl.constexpr, V: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def spread(values, slots, HW: tl.constexpr, V: tl.constexpr):
     """Values of positions to their slots, [BLOCK_P] -> [1, V * BLOCK_P]."""
     if V > 1:
@@ -54,7 +60,20 @@ def spread(values, slots, HW: tl.constexpr, V: tl.constexpr):
     return values[None, :]
 
 
+@triton.jit
+@no_type_check
+def row_mask(rows, slots, HW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr):
+    """Slots that exist of rows [BLOCK_R, 1] of V channels, of which STEP are taken at a time."""
+    mask = (slots < V * HW)[None, :]
+    if C % V != 0:
+        mask = mask & (rows * (V * HW) + slots[None, :] < C * HW)
+    elif C % (V * STEP) != 0:
+        mask = mask & (rows < C // V)
+    return mask
+
+
 @triton.jit(do_not_specialize=POWER_SIDES)
+@no_type_check
 def planes_power_kernel(
     features,  # L pointers to activations
     powers_ptr,  # [L, B, HW], written: sum_c |x|^p
@@ -63,6 +82,7 @@ def planes_power_kernel(
     ROW_STRIDES: tl.constexpr,  # of a row of V channels
     LAYERS: tl.constexpr,
     STRIDED: tl.constexpr,  # entries in the tables of strides
+    OFFSETS: tl.constexpr,  # integer type that holds offsets within an image
     HW: tl.constexpr,
     C: tl.constexpr,
     POWER: tl.constexpr,
@@ -76,31 +96,23 @@ def planes_power_kernel(
     first = tl.program_id(1) * BLOCK_P
     layer = tl.program_id(2)
     x_ptr = layer_pointer(features, layer, LAYERS)
-    x_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED)
-    row_stride = layer_stride(ROW_STRIDES, layer, STRIDED)
+    x_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED, tl.int64)
+    row_stride = layer_stride(ROW_STRIDES, layer, STRIDED, OFFSETS)
     slots = slots_from(first, V, BLOCK_P)
     acc = tl.zeros([BLOCK_R, V * BLOCK_P], tl.float32)
     for start in range(0, channels, V * BLOCK_R * UNROLL):
         for piece in tl.static_range(UNROLL):
             rows = start // V + piece * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-            mask = row_mask(rows, slots, HW, C, V)
-            x_ptrs = x_ptr + rows.to(tl.int64) * row_stride + slots[None, :]
+            mask = row_mask(rows, slots, HW, C, V, BLOCK_R * UNROLL)
+            x_ptrs = x_ptr + rows.to(OFFSETS) * row_stride + slots[None, :]
             acc += raised(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), POWER)
     row_ptr = powers_ptr + (layer * tl.num_programs(0) + image) * HW
     offs_p = first + tl.arange(0, BLOCK_P)
     tl.store(row_ptr + offs_p, fold(tl.sum(acc, axis=0), HW, V, BLOCK_P), mask=offs_p < HW)
 
 
-@triton.jit
-def row_mask(rows, slots, HW: tl.constexpr, C: tl.constexpr, V: tl.constexpr):
-    """Slots that exist of rows [BLOCK_R, 1] of V channels."""
-    mask = (rows * V < C) & (slots < V * HW)[None, :]
-    if C % V != 0:
-        mask = mask & (rows * (V * HW) + slots[None, :] < C * HW)
-    return mask
-
-
 @triton.jit(do_not_specialize=FORWARD_SIDES)
+@no_type_check
 def planes_fwd_kernel(
     students,  # L pointers to activations
     teachers,  # the same; the students' where no teacher is read
@@ -118,6 +130,7 @@ def planes_fwd_kernel(
     TEACHER_ROW_STRIDES: tl.constexpr,
     LAYERS: tl.constexpr,
     STRIDED: tl.constexpr,
+    OFFSETS: tl.constexpr,
     HW: tl.constexpr,
     C: tl.constexpr,
     POWER: tl.constexpr,
@@ -137,10 +150,10 @@ def planes_fwd_kernel(
     layer = tl.program_id(1)
     s_ptr = layer_pointer(students, layer, LAYERS)
     t_ptr = layer_pointer(teachers, layer, LAYERS)
-    s_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED)
-    t_ptr += image * layer_stride(TEACHER_IMAGE_STRIDES, layer, STRIDED)
-    s_row = layer_stride(ROW_STRIDES, layer, STRIDED)
-    t_row = layer_stride(TEACHER_ROW_STRIDES, layer, STRIDED)
+    s_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED, tl.int64)
+    t_ptr += image * layer_stride(TEACHER_IMAGE_STRIDES, layer, STRIDED, tl.int64)
+    s_row = layer_stride(ROW_STRIDES, layer, STRIDED, OFFSETS)
+    t_row = layer_stride(TEACHER_ROW_STRIDES, layer, STRIDED, OFFSETS)
     plane = images.to(tl.int64) * HW
     q_ptr = coefficients_ptr + layer * PLANES * plane + image * HW
     a_ptr = powers_ptr + layer * plane + image * HW
@@ -155,8 +168,8 @@ def planes_fwd_kernel(
         for start in range(0, channels, V * BLOCK_R * UNROLL):
             for piece in tl.static_range(UNROLL):
                 rows = start // V + piece * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-                mask = row_mask(rows, slots, HW, C, V)
-                wide = rows.to(tl.int64)
+                mask = row_mask(rows, slots, HW, C, V, BLOCK_R * UNROLL)
+                wide = rows.to(OFFSETS)
                 s_ptrs = s_ptr + wide * s_row + slots[None, :]
                 s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
                 t = s
@@ -184,6 +197,7 @@ def planes_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIDES)
+@no_type_check
 def planes_bwd_kernel(
     student_ptr,  # activations
     teacher_ptr,  # the student's where no teacher is read
@@ -199,6 +213,7 @@ def planes_bwd_kernel(
     ROW_STRIDE: tl.constexpr,
     TEACHER_IMAGE_STRIDE: tl.constexpr,
     TEACHER_ROW_STRIDE: tl.constexpr,
+    OFFSETS: tl.constexpr,
     HW: tl.constexpr,
     C: tl.constexpr,
     POWER: tl.constexpr,
@@ -227,15 +242,19 @@ def planes_bwd_kernel(
     slope = spread(slope, slots, HW, V)
     alpha = spread(alpha, slots, HW, V)
     beta = spread(beta, slots, HW, V)
+    student_ptr += image * IMAGE_STRIDE
+    teacher_ptr += image * TEACHER_IMAGE_STRIDE
+    trunk_ptr += image * IMAGE_STRIDE
+    out_ptr += image * IMAGE_STRIDE
     for tile in tl.static_range(TILES):
         rows = (tl.program_id(1) * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        mask = row_mask(rows, slots, HW, C, V)
-        wide = rows.to(tl.int64)
-        own = image * IMAGE_STRIDE + wide * ROW_STRIDE + slots[None, :]
+        mask = row_mask(rows, slots, HW, C, V, BLOCK_R * TILES)
+        wide = rows.to(OFFSETS)
+        own = wide * ROW_STRIDE + slots[None, :]
         s = tl.load(student_ptr + own, mask=mask, other=0.0).to(tl.float32)
         t = s
         if CLONE != "none":
-            others = image * TEACHER_IMAGE_STRIDE + wide * TEACHER_ROW_STRIDE + slots[None, :]
+            others = wide * TEACHER_ROW_STRIDE + slots[None, :]
             t = tl.load(teacher_ptr + others, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_R, V * BLOCK_P], tl.float32)
         if TRUNK:

@@ -5,8 +5,11 @@ the forward and once in the backward pass; what passes between them is k planes 
 Strides travel as constants: the models fix them, and the compiler then sees every alignment.
 """
 
-# tl.range is iterable inside triton.jit only.
+# tl.static_range is iterable inside triton.jit only.
 # pyright: reportGeneralTypeIssues=false
+# no_type_check: checked by jaxtyping, a function is wrapped, and the interpreter loses its globals.
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
@@ -47,6 +50,7 @@ BACKWARD_SIDES = [
 
 
 @triton.jit(do_not_specialize=POWER_SIDES)
+@no_type_check
 def tokens_power_kernel(
     features,  # L pointers to activations
     powers_ptr,  # [L, B, N], written: sum_c |x|^p
@@ -55,6 +59,7 @@ def tokens_power_kernel(
     ROW_STRIDES: tl.constexpr,
     LAYERS: tl.constexpr,
     STRIDED: tl.constexpr,  # entries in the tables of strides
+    OFFSETS: tl.constexpr,  # integer type that holds offsets within an image
     N: tl.constexpr,
     C: tl.constexpr,
     POWER: tl.constexpr,
@@ -66,11 +71,12 @@ def tokens_power_kernel(
     image = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(2)
     x_ptr = layer_pointer(features, layer, LAYERS)
-    x_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED)
+    x_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED, tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     mask_n = offs_n < N
-    rows = offs_n.to(tl.int64)[:, None] * layer_stride(ROW_STRIDES, layer, STRIDED)
+    row_stride = layer_stride(ROW_STRIDES, layer, STRIDED, OFFSETS)
+    rows = offs_n.to(OFFSETS)[:, None] * row_stride
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, channels, BLOCK_C * UNROLL):
         for piece in tl.static_range(UNROLL):
@@ -83,6 +89,7 @@ def tokens_power_kernel(
 
 
 @triton.jit(do_not_specialize=FORWARD_SIDES)
+@no_type_check
 def tokens_fwd_kernel(
     students,  # L pointers to activations
     teachers,  # the same; the students' where no teacher is read
@@ -100,6 +107,7 @@ def tokens_fwd_kernel(
     TEACHER_ROW_STRIDES: tl.constexpr,
     LAYERS: tl.constexpr,
     STRIDED: tl.constexpr,
+    OFFSETS: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     POWER: tl.constexpr,
@@ -118,10 +126,10 @@ def tokens_fwd_kernel(
     layer = tl.program_id(1)
     s_ptr = layer_pointer(students, layer, LAYERS)
     t_ptr = layer_pointer(teachers, layer, LAYERS)
-    s_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED)
-    t_ptr += image * layer_stride(TEACHER_IMAGE_STRIDES, layer, STRIDED)
-    s_row = layer_stride(ROW_STRIDES, layer, STRIDED)
-    t_row = layer_stride(TEACHER_ROW_STRIDES, layer, STRIDED)
+    s_ptr += image * layer_stride(IMAGE_STRIDES, layer, STRIDED, tl.int64)
+    t_ptr += image * layer_stride(TEACHER_IMAGE_STRIDES, layer, STRIDED, tl.int64)
+    s_row = layer_stride(ROW_STRIDES, layer, STRIDED, OFFSETS)
+    t_row = layer_stride(TEACHER_ROW_STRIDES, layer, STRIDED, OFFSETS)
     plane = images.to(tl.int64) * N
     q_ptr = coefficients_ptr + layer * PLANES * plane + image * N
     a_ptr = powers_ptr + layer * plane + image * N
@@ -134,7 +142,7 @@ def tokens_fwd_kernel(
     for first in range(0, positions, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        rows = offs_n.to(tl.int64)[:, None]
+        rows = offs_n.to(OFFSETS)[:, None]
         own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
         for start in range(0, channels, BLOCK_C * UNROLL):
             for piece in tl.static_range(UNROLL):
@@ -161,6 +169,7 @@ def tokens_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIDES)
+@no_type_check
 def tokens_bwd_kernel(
     student_ptr,  # activations
     teacher_ptr,  # the student's where no teacher is read
@@ -176,6 +185,7 @@ def tokens_bwd_kernel(
     ROW_STRIDE: tl.constexpr,
     TEACHER_IMAGE_STRIDE: tl.constexpr,
     TEACHER_ROW_STRIDE: tl.constexpr,
+    OFFSETS: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     POWER: tl.constexpr,
@@ -199,9 +209,12 @@ def tokens_bwd_kernel(
         coefficients_ptr + image * N, plane, offs_n, mask_n, grad, clone_grad,
         POWER, CLONE, ATTENTION, PLANES,
     )  # fmt: skip
-    rows = offs_n.to(tl.int64)[:, None]
-    own = image * IMAGE_STRIDE + rows * ROW_STRIDE
-    others = image * TEACHER_IMAGE_STRIDE + rows * TEACHER_ROW_STRIDE
+    student_ptr += image * IMAGE_STRIDE
+    teacher_ptr += image * TEACHER_IMAGE_STRIDE
+    trunk_ptr += image * IMAGE_STRIDE
+    out_ptr += image * IMAGE_STRIDE
+    own = offs_n.to(OFFSETS)[:, None] * ROW_STRIDE
+    others = offs_n.to(OFFSETS)[:, None] * TEACHER_ROW_STRIDE
     for start in range(0, C, BLOCK_C):
         columns = (start + offs_c)[None, :]
         mask = mask_n[:, None] & (columns < C)

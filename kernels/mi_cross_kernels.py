@@ -4,6 +4,9 @@ The joint counts of D x D pairs with K bins are one product of one-hot codes [D 
 [images, D K]: int8 on the tensor cores, sums in int32, no conflicts. Worth it up to 16 bins.
 """
 
+# Code inside triton.jit is Triton's: its loops, constants and operators are not Python's.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 
@@ -15,8 +18,10 @@ from mimic_fast.kernels.mi_histogram_kernels import (
     roll_of,
 )
 
+_NUMBERS = ("images", "x_stride", "y_stride", "first", "second", "x_blocks", "y_blocks")
 
-@triton.jit(do_not_specialize=["images", "first", "second", "x_blocks", "y_blocks"])
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def cross_counts_kernel(
     x_ptr,
     y_ptr,
@@ -52,7 +57,7 @@ def cross_counts_kernel(
     tl.store(line_ptr[:, None] + offset[None, :], counts, mask=x_mine[:, None] & y_mine[None, :])
 
 
-@triton.jit(do_not_specialize=["images", "first", "second", "x_blocks", "y_blocks"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def cross_information_kernel(
     x_ptr,
     y_ptr,
@@ -78,11 +83,10 @@ def cross_information_kernel(
         x_first, y_first, first, second, BINS, WIDTH, DIRECTIONS, BLOCK,
     )  # fmt: skip
     counts = tl.reshape(counts, [DIRECTIONS, WIDTH, DIRECTIONS, WIDTH])
-    x_counts = tl.sum(counts, 3)
-    y_counts = tl.sum(counts, 1)
     nats = tl.sum(tl.sum(deviation(counts, BINS * BINS, images), 3), 1)
+    x_counts = tl.sum(counts, 3)
     nats -= tl.sum(deviation(x_counts, BINS, images), 1)
-    nats -= tl.sum(deviation(y_counts, BINS, images), 2)
+    nats -= tl.sum(deviation(tl.sum(counts, 1), BINS, images), 2)
     information = information_of(nats, tl.sum(x_counts, 1), images)
     x_row = x_first + tl.arange(0, DIRECTIONS)[:, None]
     y_row = y_first + tl.arange(0, DIRECTIONS)[None, :]
@@ -152,7 +156,7 @@ def _four_codes(row_ptr, image, roll, images, exists):
 @triton.jit
 def _code(row_ptr, image, roll, images, exists):
     mask = exists & (image < images)
-    code = tl.load(row_ptr + partner_of(image, roll, images), mask=mask, other=MISSING)
+    code = tl.load(row_ptr + partner_of(image, roll, images, False), mask=mask, other=MISSING)
     return code.to(tl.uint32)
 
 

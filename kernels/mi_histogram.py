@@ -1,27 +1,28 @@
 """Joint histograms and mutual information of all layers, pairs and shuffles in one Triton launch.
 
-Same functions and results as in ``reference.py``: counts bit for bit, information in float32 within
-1e-6 nats or so; asked for information alone, counts never leave the chip. Two ways to count:
+Same functions and results as in ``reference.py``: counts bit for bit, information in float32; asked
+for information alone, counts never leave the chip. There are two ways to count:
 
-* a pair at a time, in shared memory: matched pairs, and all pairs of more than 16 bins;
+* one pair a program, in shared memory: matched pairs, and all pairs of more than 16 bins;
 * the pairs of two blocks of directions, as a product of one-hot codes on the tensor cores.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import triton
-import triton.language as tl
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 from torch import Tensor
 
-from mimic_fast.kernels import mi_cross_kernels as cross
-from mimic_fast.kernels import mi_histogram_kernels as pair
-from mimic_fast.kernels.aot_case import AotCase
+from mimic_fast.kernels.mi_plan import (
+    PRODUCT_BINS,
+    plan_counts,
+    plan_edges,
+    plan_information,
+    plan_product,
+)
+from mimic_fast.kernels.mi_plan import aot_cases as aot_cases
 
-PRODUCT_BINS = 16  # most bins for which the one-hot product is the faster way
-_LARGEST_TILE = 4096  # counts that a program holds
 _ROLLS = 256  # most rolls a launch: they are kernel arguments
 
 
@@ -29,16 +30,23 @@ def edge_codes(
     values: Float[Tensor, "direction image"], edges: Float[Tensor, "direction edge"]
 ) -> UInt8[Tensor, "direction image"]:
     """Bin of every value; see :func:`reference.edge_codes`."""
-    values, edges = _dense(values), _dense(edges)
+    values, edges = _rows(values), _rows(edges)
     directions, images = values.shape
     codes = torch.empty(directions, images, dtype=torch.uint8, device=values.device)
     if codes.numel():
-        constants, warps = _edge_plan(edges.shape[1] - 1, values.dtype)
-        blocks = triton.cdiv(images, constants["BLOCK"])
-        pair.edge_codes_kernel[(directions * blocks,)](
-            values, edges, codes, images, values.stride(0), edges.stride(0), blocks,
-            **constants, num_warps=warps,
-        )  # fmt: skip
+        plan = plan_edges(edges.shape[1] - 1, values.dtype)
+        blocks = triton.cdiv(images, plan.constants["BLOCK"])
+        plan.kernel[(directions * blocks,)](
+            values,
+            edges,
+            codes,
+            images,
+            values.stride(0),
+            edges.stride(0),
+            blocks,
+            **plan.constants,
+            num_warps=plan.num_warps,
+        )
     return codes
 
 
@@ -53,14 +61,12 @@ def joint_histogram(
     images: tuple[int, int] | None = None,
 ) -> Int32[Tensor, "roll group pair bins bins"]:
     """Joint bin counts of matched pairs; see :func:`reference.joint_histogram`."""
-    pairs, total = x_codes.shape
-    shape = (len(rolls), num_groups, pairs, bins, bins)
-    counts = torch.empty(shape, dtype=torch.int32, device=x_codes.device)
     if groups is not None:
         groups = groups.to(x_codes.device).contiguous()
-    span = images or (0, total)
-    _launch_pair_counts(x_codes, y_codes, groups, counts, span, rolls=rolls, is_cross=False)
-    return counts
+    shape = (len(rolls), num_groups, len(x_codes), bins, bins)
+    counts = torch.empty(shape, dtype=torch.int32, device=x_codes.device)
+    span = images or (0, x_codes.shape[1])
+    return _pair_counts(x_codes, y_codes, groups, counts, span, rolls, crossed=False)
 
 
 def cross_histogram(
@@ -71,15 +77,12 @@ def cross_histogram(
     rolls: tuple[int, ...] = (0,),
 ) -> Int32[Tensor, "roll x_direction y_direction bins bins"]:
     """Joint bin counts of every first direction with every second."""
-    first, second, images = len(x_codes), len(y_codes), x_codes.shape[1]
-    shape = (len(rolls), first, second, bins, bins)
+    shape = (len(rolls), len(x_codes), len(y_codes), bins, bins)
     counts = torch.empty(shape, dtype=torch.int32, device=x_codes.device)
     if bins <= PRODUCT_BINS:
-        _launch_cross(cross.cross_counts_kernel, x_codes, y_codes, counts, bins=bins, rolls=rolls)
-    else:
-        grouped = counts.view(len(rolls), 1, first * second, bins, bins)
-        span = (0, images)
-        _launch_pair_counts(x_codes, y_codes, None, grouped, span, rolls=rolls, is_cross=True)
+        return _product(x_codes, y_codes, counts, bins, rolls)
+    span = (0, x_codes.shape[1])
+    _pair_counts(x_codes, y_codes, None, counts.flatten(1, 2)[:, None], span, rolls, crossed=True)
     return counts
 
 
@@ -93,8 +96,7 @@ def matched_information(
     """Plug-in mutual information of matched pairs, nats."""
     shape = (len(rolls), len(x_codes))
     information = torch.empty(shape, dtype=torch.float32, device=x_codes.device)
-    _launch_pair_information(x_codes, y_codes, information, bins=bins, rolls=rolls, is_cross=False)
-    return information
+    return _pair_information(x_codes, y_codes, information, bins, rolls, crossed=False)
 
 
 def cross_information(
@@ -108,10 +110,137 @@ def cross_information(
     shape = (len(rolls), len(x_codes), len(y_codes))
     information = torch.empty(shape, dtype=torch.float32, device=x_codes.device)
     if bins <= PRODUCT_BINS:
-        kernel = cross.cross_information_kernel
-        _launch_cross(kernel, x_codes, y_codes, information, bins=bins, rolls=rolls)
-    else:
-        _launch_pair_information(
-            x_codes, y_codes, information, bins=bins, rolls=rolls, is_cross=True
+        return _product(x_codes, y_codes, information, bins, rolls)
+    _pair_information(x_codes, y_codes, information.flatten(1), bins, rolls, crossed=True)
+    return information
+
+
+def _pair_counts(
+    x_codes: Tensor,
+    y_codes: Tensor,
+    groups: Tensor | None,
+    counts: Tensor,
+    span: tuple[int, int],
+    rolls: tuple[int, ...],
+    *,
+    crossed: bool,
+) -> Tensor:
+    """Fills ``counts`` [roll, group, pair, bin, bin] a pair at a time; returns them."""
+    x_codes, y_codes = _rows(x_codes), _rows(y_codes)
+    images = x_codes.shape[1]
+    num_groups, pairs, bins = counts.shape[1:4]
+    for part, out in _launches(rolls, counts):
+        plan = plan_counts(
+            bins,
+            num_groups,
+            len(part),
+            grouped=groups is not None,
+            crossed=crossed,
+            aligned=_all_aligned(images, *span, *part),
+        )
+        tiles = triton.cdiv(num_groups * bins, plan.constants["ROWS"])
+        plan.kernel[(len(part) * pairs * tiles,)](
+            x_codes,
+            y_codes,
+            x_codes if groups is None else groups,
+            out,
+            packed_rolls(part, images),
+            *span,
+            images,
+            x_codes.stride(0),
+            y_codes.stride(0),
+            pairs,
+            len(y_codes),
+            **plan.constants,
+            num_warps=plan.num_warps,
+        )
+    return counts
+
+
+def _pair_information(
+    x_codes: Tensor,
+    y_codes: Tensor,
+    information: Tensor,
+    bins: int,
+    rolls: tuple[int, ...],
+    *,
+    crossed: bool,
+) -> Tensor:
+    """Fills ``information`` [roll, pair] a pair at a time; returns it."""
+    x_codes, y_codes = _rows(x_codes), _rows(y_codes)
+    images, pairs = x_codes.shape[1], information.shape[1]
+    if not images:
+        return information.zero_()
+    for part, out in _launches(rolls, information):
+        plan = plan_information(
+            bins, len(part), crossed=crossed, aligned=_all_aligned(images, *part)
+        )
+        plan.kernel[(len(part) * pairs,)](
+            x_codes,
+            y_codes,
+            out,
+            packed_rolls(part, images),
+            images,
+            x_codes.stride(0),
+            y_codes.stride(0),
+            pairs,
+            len(y_codes),
+            **plan.constants,
+            num_warps=plan.num_warps,
         )
     return information
+
+
+def _product(
+    x_codes: Tensor, y_codes: Tensor, out: Tensor, bins: int, rolls: tuple[int, ...]
+) -> Tensor:
+    """Fills ``out``, counts or information of [roll, first, second], by one-hot products."""
+    x_codes, y_codes = _rows(x_codes), _rows(y_codes)
+    images, first, second = x_codes.shape[1], len(x_codes), len(y_codes)
+    if not images:
+        return out.zero_()
+    for part, target in _launches(rolls, out):
+        plan = plan_product(bins, len(part), information=out.is_floating_point())
+        x_blocks = triton.cdiv(first, plan.constants["DIRECTIONS"])
+        y_blocks = triton.cdiv(second, plan.constants["DIRECTIONS"])
+        plan.kernel[(len(part) * x_blocks * y_blocks,)](
+            x_codes,
+            y_codes,
+            target,
+            packed_rolls(part, images),
+            images,
+            x_codes.stride(0),
+            y_codes.stride(0),
+            first,
+            second,
+            x_blocks,
+            y_blocks,
+            **plan.constants,
+            num_warps=plan.num_warps,
+        )
+    return out
+
+
+def _launches(rolls: tuple[int, ...], out: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """The rolls of each launch, with their part of the result: one, but for very many rolls."""
+    if out.numel():
+        for start in range(0, len(rolls), _ROLLS):
+            yield rolls[start : start + _ROLLS], out[start : start + _ROLLS]
+
+
+def packed_rolls(rolls: tuple[int, ...], images: int) -> tuple[int, ...]:
+    """Rolls as kernel arguments: in 0..images - 1, then two bits.
+
+    Triton compiles anew for an argument that is 1 or a multiple of 16. These are never either, so
+    that other rolls do not need another kernel.
+    """
+    return tuple(((roll % images if images else 0) << 2) | 2 for roll in rolls)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose rows are dense."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def _all_aligned(*offsets: int) -> bool:
+    return all(offset % 16 == 0 for offset in offsets)

@@ -8,6 +8,9 @@ With f(c, b) = c log(c b / N), N images and K bins, the information of n counted
 for bins of equal mass, so float32 loses less than it would with c log c.
 """
 
+# Code inside triton.jit is Triton's: its loops, constants and operators are not Python's.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 
@@ -153,9 +156,7 @@ def _count(
     for block in range(start, stop, BLOCK):
         image = block + tl.arange(0, BLOCK)  # [BLOCK]
         inside = image < stop
-        partner = partner_of(image, roll, images)
-        if ALIGNED:  # no run of 16 images is broken by the end
-            partner = tl.max_contiguous(tl.multiple_of(partner, 16), 16)
+        partner = partner_of(image, roll, images, ALIGNED)
         x = tl.load(x_ptr + image, mask=inside, other=MISSING).to(tl.int32)
         y = tl.load(y_ptr + partner, mask=inside, other=MISSING).to(tl.int32)
         row = x - first_row
@@ -192,10 +193,13 @@ def roll_of(rolls, which, ROLLS: tl.constexpr):
 
 
 @triton.jit
-def partner_of(image, roll, images):
+def partner_of(image, roll, images, ALIGNED: tl.constexpr):
     """Image whose y code a rolled pairing gives to this one: image - roll, around the end."""
     partner = image - roll
-    return tl.where(partner < 0, partner + images, partner)
+    partner = tl.where(partner < 0, partner + images, partner)
+    if ALIGNED:  # no run of 16 images is broken by the end
+        partner = tl.max_contiguous(tl.multiple_of(partner, 16), 16)
+    return partner
 
 
 @triton.jit
