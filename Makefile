@@ -16,7 +16,7 @@ STAMP := $(VENV)/.mimic_fast
 OURS := $(or $(filter file,$(origin VENV)),$(wildcard $(STAMP)),$(if $(wildcard $(VENV)),,absent))
 
 .DEFAULT_GOAL := help
-.PHONY: demo test check bench clean help core all venv
+.PHONY: demo test test-gpu check bench bench-ops clean help core all venv
 
 demo: core  ## purify a small backdoored encoder and write its report (minutes on two cores)
 	@$(PY) -m mimic_fast demo --out "$(OUT)" $(ARGS)
@@ -32,12 +32,24 @@ check: all  ## lint, formatting, types
 bench: all  ## time a purification against a plain training loop
 	@$(PY) benchmarks/bench_e2e.py $(ARGS)
 
+bench-ops: all  ## time losses and mutual information against their peers on the CPU; count bytes
+	@$(PY) benchmarks/bench_loss.py
+	@$(PY) benchmarks/bench_mi.py
+	@$(PY) benchmarks/bench_traffic.py
+
+test-gpu: all  ## run the GPU's tests, and the benchmarks of losses and mutual information on it
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "error: make test-gpu needs a CUDA device, and torch sees none here" >&2; exit 2; }
+	@env -u TRITON_INTERPRET $(PY) -m pytest -m gpu $(ARGS)
+	@env -u TRITON_INTERPRET $(PY) benchmarks/bench_loss.py --device cuda
+	@env -u TRITON_INTERPRET $(PY) benchmarks/bench_mi.py --device cuda
+
 clean:  ## remove what builds, tests and the demo left (.venv stays)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo_run
 	@find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':[^#]*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 # $(call install,REQUIREMENT,STAMPS THAT WILL DO,PACKAGES IT BRINGS)
 ifneq ($(OURS),)

@@ -113,6 +113,7 @@ def _row(case: AotCase, target: str, kernel: Any, code: MachineCode) -> Resource
     # An access of unknown origin counts as data.
     data = [item for item in every if not item.arguments or item.arguments & positions]
     wide = [access for access in data if access.width >= WIDE]
+    is_wide = case.data or (bool(case.narrow_on) and not target.startswith(case.narrow_on))
     narrowest = min((access.width for access in every), default=WIDE)
     return Resources(
         case=case.name,
@@ -130,8 +131,8 @@ def _row(case: AotCase, target: str, kernel: Any, code: MachineCode) -> Resource
         split=sum(count for width, count in code.widths.items() if width < min(WIDE, narrowest)),
         matrix=" ".join(code.matrix),
         global_atomics=code.global_atomics,
-        data=case.data,
-        note=case.note,
+        data=is_wide,
+        note="" if is_wide else case.note,
     )
 
 

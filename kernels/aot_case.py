@@ -20,6 +20,7 @@ class AotCase:
         data_pointers: Arguments that point to activations, values or codes rather than to side
             tables; empty: those whose elements have fewer than 32 bits, or all if there are none.
         data: Whether 128-bit data accesses are possible; False with the reason in ``note``.
+        narrow_on: Beginnings of the targets on which they are not, such as ``gfx``; empty: all.
         note: Why not, or empty.
     """
 
@@ -31,4 +32,5 @@ class AotCase:
     num_warps: int = 4
     data_pointers: tuple[str, ...] = ()
     data: bool = True
+    narrow_on: tuple[str, ...] = ()
     note: str = ""

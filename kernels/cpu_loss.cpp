@@ -17,6 +17,7 @@ namespace {
 constexpr double kAttentionEpsilon = 1e-6;  // as in reference.py
 constexpr double kCosineEpsilon = 1e-8;     // of F.cosine_similarity
 constexpr int64_t kStream = 2 << 20;        // bytes: a larger gradient leaves the cache anyway
+constexpr int64_t kCache = 512 << 10;       // bytes: of a larger image only the end is still there
 
 struct Activation {
   int64_t start, image, position, channel;  // offset of what counts, strides; in elements
@@ -115,8 +116,11 @@ void set_factors(const Job &job, const Walk &walk, const Sums<A> &slopes, const 
     factors.y[n] = A(job.clone == kCosine ? grad[1] * slopes.other[n] : mse);
     factors.z[n] = A(job.power == 2 ? 0 : slope);
   }
-  for (A *factor : {factors.x, factors.y, factors.z})
-    for (int64_t k = N; k < walk.rows * N; k *= 2) std::copy_n(factor, k, factor + k);
+  for (int64_t k = N; k < walk.rows * N; k *= 2) {  // the same for each plane of a line
+    std::copy_n(factors.x, k, factors.x + k);
+    if (job.clone != kNone) std::copy_n(factors.y, k, factors.y + k);
+    if (job.power != 2) std::copy_n(factors.z, k, factors.z + k);
+  }
 }
 
 // The two passes with their template arguments chosen
@@ -177,16 +181,17 @@ Lines<T> lines_of(const Job &job, const Walk &walk, char *data, const Activation
   return {data ? at<T>(data, of.start + b * of.image) : nullptr, step};
 }
 
-Walk walk_of(const Job &job, const Data &data) {
+Walk walk_of(const Job &job, const Data &data, int64_t element_bytes) {
   const int64_t N = job.positions, C = job.channels;
-  if (!job.planes) return {N, 1, N, C, C, 0};
+  const bool backwards = N * C * element_bytes * (data.teacher ? 2 : 1) > kCache;
+  if (!job.planes) return {N, 1, N, C, C, 0, backwards};
   const auto dense = [N](char *given, const Activation &of) { return !given || of.channel == N; };
   int64_t rows = 1;
   if (dense(data.student, job.student) && dense(data.teacher, job.teacher) &&
       dense(data.trunk, job.trunk) && dense(data.out, job.out))
     while (rows * N < 512 || (rows * N < 1024 && rows * N % 16)) rows *= 2;
   const int64_t lines = (C + rows - 1) / rows, slots = (rows * N + 63) / 64 * 64;
-  return {N, rows, lines, rows * N, (C - (lines - 1) * rows) * N, slots};
+  return {N, rows, lines, rows * N, (C - (lines - 1) * rows) * N, slots, backwards};
 }
 
 template <typename A>
@@ -205,7 +210,7 @@ void move_slopes(const Job &job, const Data &data, int64_t image, bool save, con
 template <typename T>
 void run_images(const Job &job, const Data &data) {
   using A = WideOf<T>;
-  const Walk walk = walk_of(job, data);
+  const Walk walk = walk_of(job, data, sizeof(T));
   const Reduce<T> reduce = reduce_for<T>(job, data.teacher);
   const Write<T> write = write_for<T>(job);
   const int64_t elements = job.images * job.positions * job.channels;

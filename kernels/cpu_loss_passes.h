@@ -22,6 +22,7 @@ struct Lines {
 
 struct Walk {
   int64_t positions, rows, lines, length, last_length, slots;  // rows: planes in a line
+  bool backwards;  // in the second pass
 };
 
 template <typename A>
@@ -149,8 +150,8 @@ template <typename T, int P, int CLONE, bool PLANES>
 void write_gradient(const Walk &walk, Lines<const T> s, Lines<const T> t, Lines<const T> trunk,
                     Lines<T> out, WideOf<T> power, Factors<WideOf<T>> factors, bool stream) {
   using A = WideOf<T>;
-  // From the end: what the first pass read last is still in the cache.
-  for (int64_t line = walk.lines - 1; line >= 0; --line) {
+  for (int64_t i = 0; i < walk.lines; ++i) {
+    const int64_t line = walk.backwards ? walk.lines - 1 - i : i;
     const T *own = s.start + line * s.step, *other = CLONE != kNone ? t.start + line * t.step : own;
     const T *before = trunk.start ? trunk.start + line * trunk.step : nullptr;
     T *to = out.start + line * out.step;

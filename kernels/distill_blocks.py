@@ -77,9 +77,11 @@ def plane_blocks(
     return min(options, key=lambda option: (option[0], -option[2].num_warps, option[1]))[2]
 
 
-def unrolled(iterations: int) -> int:
-    """Iterations whose loads are in flight together: up to three, few of them in vain."""
-    return max(n for n in (1, 2, 3) if _waste(iterations, n) <= WASTE)
+def unrolled(iterations: int, *, most: int) -> int:
+    """Tiles whose loads are in flight together: all of three at most, or two (more would spill)."""
+    if iterations <= most:
+        return iterations
+    return 2 if most > 1 and _waste(iterations, 2) <= WASTE else 1
 
 
 def _rows(

@@ -50,7 +50,7 @@ def power_maps(
     plan = plan_powers(layouts, counted[0].element_size(), power=power)
     shape = (len(counted), layouts[0].images, layouts[0].positions)
     powers = torch.empty(shape, dtype=torch.float32, device=counted[0].device)
-    _launch(plan, layouts[0].images, powers, counted, powers, layouts[0].channels)
+    _launch(plan, layouts[0].images, powers, counted, powers, plan.end)
     return powers
 
 
@@ -120,7 +120,7 @@ def forward(
     else:
         powers = losses  # never touched
     sides = (powers, weights, losses, coefficients, *weights.stride())
-    _launch(plan, images, losses, own, others, *sides, positions, own_layouts[0].channels)
+    _launch(plan, images, losses, own, others, *sides, plan.end)
     return coefficients
 
 

@@ -92,8 +92,8 @@ def add_elements(
     ATTENTION: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """Adds one tile of elements to the sums that are asked for (the compiler shares equal ones)."""
-    if ATTENTION:
+    """Adds one tile of elements to the sums that are asked for."""
+    if ATTENTION and (CLONE != "cosine" or POWER != 2):
         own += raised(s, POWER)
         if not GIVEN:
             other += raised(t, POWER)
@@ -122,6 +122,7 @@ def finish_positions(
     offs,
     mask,
     N: tl.constexpr,
+    POWER: tl.constexpr,
     CLONE: tl.constexpr,
     ATTENTION: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -131,6 +132,9 @@ def finish_positions(
 
     d (-weight cosine) / d s = alpha s + beta t.
     """
+    if CLONE == "cosine" and POWER == 2:
+        own = own_squares
+        other = other_squares
     if ATTENTION:
         tl.store(q_ptr + offs, own, mask=mask)
         if not GIVEN:

@@ -39,6 +39,7 @@ class Plan:
         blocks: Programs of an image: the axes of the grid after that of images.
         constants: Values of the constexpr arguments.
         num_warps: Warps a program.
+        end: Where the loop of a program ends, an argument of the kernel; 0: it has none.
         note: Why not all data moves 16 bytes at a time, or empty.
     """
 
@@ -46,23 +47,24 @@ class Plan:
     blocks: tuple[int, ...]
     constants: dict[str, Any]
     num_warps: int
+    end: int
     note: str
 
 
 @functools.lru_cache(maxsize=256)
 def plan_powers(features: tuple[Layout, ...], itemsize: int, *, power: float) -> Plan:
     """Launch that computes the power maps of activations of one shape."""
-    constants, warps, note = _shape(features, features, itemsize, most_warps=4)
+    shape = _shape(features, features, itemsize, most_warps=4)
+    unused = ("TEACHER_IMAGE_STRIDES", "TEACHER_ROW_STRIDES", "GROUPS")
+    constants = {name: value for name, value in shape.constants.items() if name not in unused}
     constants |= {"LAYERS": len(features), "POWER": float(power)}
-    del constants["TEACHER_IMAGE_STRIDES"], constants["TEACHER_ROW_STRIDES"]
-    tokens = features[0].kind == "tokens"
-    block = constants["BLOCK_N" if tokens else "BLOCK_P"]
     return Plan(
-        kernel=tokens_power_kernel if tokens else planes_power_kernel,
-        blocks=(triton.cdiv(features[0].positions, block), len(features)),
+        kernel=tokens_power_kernel if features[0].kind == "tokens" else planes_power_kernel,
+        blocks=(shape.blocks, len(features)),
         constants=constants,
-        num_warps=warps,
-        note=note,
+        num_warps=shape.num_warps,
+        end=features[0].channels,
+        note=shape.note,
     )
 
 
@@ -80,16 +82,19 @@ def plan_forward(
     """Launch of the forward pass; ``given``: the teachers' power maps are."""
     # Four or five sums an element: the squares of the cosine are the powers of p = 2 only.
     lanes = 32 if clone == "cosine" and attention and power != 2 else 64
-    constants, warps, note = _shape(students, teachers, itemsize, most_warps=8, lanes=lanes)
-    constants |= _loss(power=power, clone=clone, attention=attention)
+    # Three sums of planes, folded to positions, leave room for one tile in flight.
+    tiles = 1 if clone == "cosine" and students[0].kind == "planes" else 3
+    shape = _shape(students, teachers, itemsize, most_warps=8, lanes=lanes, tiles=tiles)
+    constants = shape.constants | _loss(power=power, clone=clone, attention=attention)
     constants |= {"LAYERS": len(students), "GIVEN": given}
     constants["BLOCK_ROW"] = min(MOST_ROW, triton.next_power_of_2(students[0].positions))
     return Plan(
         kernel=tokens_fwd_kernel if students[0].kind == "tokens" else planes_fwd_kernel,
         blocks=(len(students),),
         constants=constants,
-        num_warps=warps,
-        note=note,
+        num_warps=shape.num_warps,
+        end=shape.blocks * constants["GROUPS"],
+        note=shape.note,
     )
 
 
@@ -105,32 +110,40 @@ def plan_backward(
     trunk: bool,
 ) -> Plan:
     """Launch of the backward pass of one layer."""
-    constants, warps, note = _shape([student], [teacher], itemsize, most_warps=4)
-    constants |= _loss(power=power, clone=clone, attention=attention) | {"TRUNK": trunk}
+    shape = _shape([student], [teacher], itemsize, most_warps=4)
+    unused = ("STRIDED", "UNROLL", "GROUPS")
+    constants = {name: value for name, value in shape.constants.items() if name not in unused}
     for name in ("IMAGE_STRIDE", "ROW_STRIDE", "TEACHER_IMAGE_STRIDE", "TEACHER_ROW_STRIDE"):
         (constants[name],) = constants.pop(f"{name}S")
-    del constants["STRIDED"], constants["UNROLL"]
-    if student.kind == "tokens":
-        blocks = (triton.cdiv(student.positions, constants["BLOCK_N"]),)
-    else:
-        rows = triton.cdiv(student.channels, constants["V"] * constants["BLOCK_R"])
-        constants["TILES"] = min(2, rows)
-        blocks = (
-            triton.cdiv(rows, constants["TILES"]),
-            triton.cdiv(student.positions, constants["BLOCK_P"]),
-        )
+    constants |= _loss(power=power, clone=clone, attention=attention) | {"TRUNK": trunk}
+    blocks = (shape.blocks,)
+    if student.kind == "planes":
+        tiles = triton.cdiv(student.channels, constants["V"] * constants["BLOCK_R"])
+        constants["TILES"] = min(2, tiles)
+        blocks = (triton.cdiv(tiles, constants["TILES"]), shape.blocks)
     return Plan(
         kernel=tokens_bwd_kernel if student.kind == "tokens" else planes_bwd_kernel,
         blocks=blocks,
         constants=constants,
-        num_warps=warps,
-        note=note,
+        num_warps=shape.num_warps,
+        end=0,
+        note=shape.note,
     )
 
 
 def _loss(*, power: float, clone: Clone, attention: bool) -> dict[str, Any]:
     planes = attention + 2 * (clone == "cosine")
     return {"POWER": float(power), "CLONE": clone, "ATTENTION": attention, "PLANES": planes}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shape:
+    """What all three passes over one shape share: ``blocks`` are those of an image's positions."""
+
+    constants: dict[str, Any]
+    blocks: int
+    num_warps: int
+    note: str
 
 
 def _shape(
@@ -140,20 +153,20 @@ def _shape(
     *,
     most_warps: int,
     lanes: int = 64,
-) -> tuple[dict[str, Any], int, str]:
-    """Constants of shape, strides and blocks; warps; why not all data moves 16 bytes at a time."""
+    tiles: int = 3,
+) -> _Shape:
     shape, every = students[0], [*students, *teachers]
     if shape.kind == "tokens":
-        blocks = token_blocks(
+        tile = token_blocks(
             shape.positions, shape.channels, itemsize, most_warps=most_warps, lanes=lanes
         )
-        rows, piece = shape.positions, shape.channels
-        iterations = triton.cdiv(shape.channels, blocks.block_c)
-        sizes = {"N": shape.positions, "BLOCK_N": blocks.block_n, "BLOCK_C": blocks.block_c}
+        rows, piece, block = shape.positions, shape.channels, tile.block_n
+        iterations = triton.cdiv(shape.channels, tile.block_c)
+        sizes = {"N": shape.positions, "BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c}
         row_strides = [layout.stride_position for layout in every]
     else:
         dense = all(layout.stride_channel == layout.positions for layout in every)
-        blocks = plane_blocks(
+        tile = plane_blocks(
             shape.positions,
             shape.channels,
             itemsize,
@@ -161,23 +174,32 @@ def _shape(
             most_warps=most_warps,
             lanes=lanes,
         )
-        rows = triton.cdiv(shape.channels, blocks.row)
-        piece = shape.positions * math.gcd(blocks.row, shape.channels)
-        iterations = triton.cdiv(rows, blocks.block_r)
-        sizes = {"HW": shape.positions, "V": blocks.row}
-        sizes |= {"BLOCK_R": blocks.block_r, "BLOCK_P": blocks.block_p}
-        row_strides = [layout.stride_channel * blocks.row for layout in every]
+        rows, block = triton.cdiv(shape.channels, tile.row), tile.block_p
+        piece = shape.positions * math.gcd(tile.row, shape.channels)
+        iterations = triton.cdiv(rows, tile.block_r)
+        sizes = {"HW": shape.positions, "V": tile.row}
+        sizes |= {"BLOCK_R": tile.block_r, "BLOCK_P": tile.block_p}
+        row_strides = [layout.stride_channel * tile.row for layout in every]
     image_strides = [layout.stride_image for layout in every]
-    steps = (piece, *image_strides, *row_strides)
     note = ""
-    if any(step * itemsize % 16 for step in steps):
+    if any(step * itemsize % 16 for step in (piece, *image_strides, *row_strides)):
         note = "rows do not start and end at multiples of 16 bytes"
     elif lanes < 64:
         note = "five sums an element leave a thread 8 bytes of data where warps are 64 wide"
     reach = (rows + 1) * max(piece, *row_strides)
-    constants: dict[str, Any] = {"C": shape.channels, **sizes, "UNROLL": unrolled(iterations)}
+    constants: dict[str, Any] = {
+        "C": shape.channels,
+        **sizes,
+        "UNROLL": unrolled(iterations, most=tiles),
+    }
+    constants["GROUPS"] = triton.cdiv(iterations, constants["UNROLL"])
     constants["OFFSETS"] = tl.int32 if reach < 2**31 else tl.int64
-    return constants | _tables(image_strides, row_strides), blocks.num_warps, note
+    return _Shape(
+        constants=constants | _tables(image_strides, row_strides),
+        blocks=triton.cdiv(shape.positions, block),
+        num_warps=tile.num_warps,
+        note=note,
+    )
 
 
 def _tables(image_strides: list[int], row_strides: list[int]) -> dict[str, Any]:

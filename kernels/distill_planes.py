@@ -63,7 +63,7 @@ def spread(values, slots, HW: tl.constexpr, V: tl.constexpr):
 @triton.jit
 @no_type_check
 def row_mask(rows, slots, HW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr):
-    """Slots that exist of rows [BLOCK_R, 1] of V channels, of which STEP are taken at a time."""
+    """Slots that exist; rows [BLOCK_R, 1] of V channels are taken STEP at a time."""
     mask = (slots < V * HW)[None, :]
     if C % V != 0:
         mask = mask & (rows * (V * HW) + slots[None, :] < C * HW)
@@ -100,7 +100,7 @@ def planes_power_kernel(
     row_stride = layer_stride(ROW_STRIDES, layer, STRIDED, OFFSETS)
     slots = slots_from(first, V, BLOCK_P)
     acc = tl.zeros([BLOCK_R, V * BLOCK_P], tl.float32)
-    for start in range(0, channels, V * BLOCK_R * UNROLL):
+    for start in tl.range(0, channels, V * BLOCK_R * UNROLL, num_stages=2):
         for piece in tl.static_range(UNROLL):
             rows = start // V + piece * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
             mask = row_mask(rows, slots, HW, C, V, BLOCK_R * UNROLL)
@@ -122,8 +122,7 @@ def planes_fwd_kernel(
     coefficients_ptr,  # [L, K, B, HW], written: q, then alpha and beta
     weight_row,  # strides of the weights
     weight_column,
-    positions,
-    channels,
+    steps,  # of an image
     IMAGE_STRIDES: tl.constexpr,
     ROW_STRIDES: tl.constexpr,
     TEACHER_IMAGE_STRIDES: tl.constexpr,
@@ -142,7 +141,8 @@ def planes_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr,  # tiles of BLOCK_R rows a step
+    GROUPS: tl.constexpr,  # steps until all channels of BLOCK_P positions are in
 ):
     """One image of one layer a program: its maps are normalized over all positions."""
     image = tl.program_id(0).to(tl.int64)
@@ -162,34 +162,37 @@ def planes_fwd_kernel(
     zeros = tl.zeros([BLOCK_R, V * BLOCK_P], tl.float32)
     squares = zeros
     cosines = tl.zeros([BLOCK_P], tl.float32)
-    for first in range(0, positions, BLOCK_P):
+    own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
+    # Loads of the next step are in flight during this one: the programs are too few to hide them.
+    for step in tl.range(0, steps, num_stages=2):
+        first = step // GROUPS * BLOCK_P
         slots = slots_from(first, V, BLOCK_P)
-        own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
-        for start in range(0, channels, V * BLOCK_R * UNROLL):
-            for piece in tl.static_range(UNROLL):
-                rows = start // V + piece * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-                mask = row_mask(rows, slots, HW, C, V, BLOCK_R * UNROLL)
-                wide = rows.to(OFFSETS)
-                s_ptrs = s_ptr + wide * s_row + slots[None, :]
-                s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
-                t = s
-                if CLONE != "none" or (ATTENTION and not GIVEN):
-                    t_ptrs = t_ptr + wide * t_row + slots[None, :]
-                    t = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32)
-                own, other, own_squares, other_squares, dot, squares = add_elements(
-                    own, other, own_squares, other_squares, dot, squares,
-                    s, t, POWER, CLONE, ATTENTION, GIVEN,
-                )  # fmt: skip
-        offs_p = first + tl.arange(0, BLOCK_P)
-        cosines = finish_positions(
-            fold(tl.sum(own, axis=0), HW, V, BLOCK_P),
-            fold(tl.sum(other, axis=0), HW, V, BLOCK_P),
-            fold(tl.sum(own_squares, axis=0), HW, V, BLOCK_P),
-            fold(tl.sum(other_squares, axis=0), HW, V, BLOCK_P),
-            fold(tl.sum(dot, axis=0), HW, V, BLOCK_P),
-            cosines, clone_weight_ptr, q_ptr, a_ptr, plane, offs_p, offs_p < HW,
-            HW, CLONE, ATTENTION, GIVEN, PLANES,
-        )  # fmt: skip
+        for tile in tl.static_range(UNROLL):
+            rows = (step % GROUPS * UNROLL + tile) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+            mask = row_mask(rows, slots, HW, C, V, BLOCK_R * UNROLL)
+            wide = rows.to(OFFSETS)
+            s_ptrs = s_ptr + wide * s_row + slots[None, :]
+            s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
+            t = s
+            if CLONE != "none" or (ATTENTION and not GIVEN):
+                t_ptrs = t_ptr + wide * t_row + slots[None, :]
+                t = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32)
+            own, other, own_squares, other_squares, dot, squares = add_elements(
+                own, other, own_squares, other_squares, dot, squares,
+                s, t, POWER, CLONE, ATTENTION, GIVEN,
+            )  # fmt: skip
+        if step % GROUPS == GROUPS - 1:
+            offs_p = first + tl.arange(0, BLOCK_P)
+            cosines = finish_positions(
+                fold(tl.sum(own, axis=0), HW, V, BLOCK_P),
+                fold(tl.sum(other, axis=0), HW, V, BLOCK_P),
+                fold(tl.sum(own_squares, axis=0), HW, V, BLOCK_P),
+                fold(tl.sum(other_squares, axis=0), HW, V, BLOCK_P),
+                fold(tl.sum(dot, axis=0), HW, V, BLOCK_P),
+                cosines, clone_weight_ptr, q_ptr, a_ptr, plane, offs_p, offs_p < HW,
+                HW, POWER, CLONE, ATTENTION, GIVEN, PLANES,
+            )  # fmt: skip
+            own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
     finish_image(
         squares, cosines, weight_ptr, clone_weight_ptr, q_ptr, a_ptr,
         losses_ptr + layer * 2 * images + image, images, HW, C, BLOCK_ROW, CLONE, ATTENTION,

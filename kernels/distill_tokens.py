@@ -26,8 +26,8 @@ from mimic_fast.kernels.distill_math import (
 )
 
 # One binary whatever the batch: nothing is gained from the alignment of a few numbers a position.
-# Loops end at the run-time channels and positions, the same numbers as C and N: a compiler that
-# knows how often a loop runs unrolls it until its registers spill.
+# Loops end at numbers known at run time only: a compiler that knows how often they run may unroll
+# them until registers spill.
 POWER_SIDES = ["powers_ptr", "channels"]
 FORWARD_SIDES = [
     "powers_ptr",
@@ -36,8 +36,7 @@ FORWARD_SIDES = [
     "coefficients_ptr",
     "weight_row",
     "weight_column",
-    "positions",
-    "channels",
+    "steps",
 ]
 BACKWARD_SIDES = [
     "coefficients_ptr",
@@ -47,6 +46,16 @@ BACKWARD_SIDES = [
     "grad_row",
     "grad_image",
 ]
+
+
+@triton.jit
+@no_type_check
+def token_mask(mask_n, columns, C: tl.constexpr, STEP: tl.constexpr):
+    """Elements that exist; channels [1, BLOCK_C] are taken STEP at a time."""
+    mask = mask_n[:, None]
+    if C % STEP != 0:
+        mask = mask & (columns < C)
+    return mask
 
 
 @triton.jit(do_not_specialize=POWER_SIDES)
@@ -81,7 +90,7 @@ def tokens_power_kernel(
     for start in range(0, channels, BLOCK_C * UNROLL):
         for piece in tl.static_range(UNROLL):
             columns = (start + piece * BLOCK_C + offs_c)[None, :]
-            mask = mask_n[:, None] & (columns < C)
+            mask = token_mask(mask_n, columns, C, BLOCK_C * UNROLL)
             x = tl.load(x_ptr + rows + columns, mask=mask, other=0.0).to(tl.float32)
             acc += raised(x, POWER)
     row_ptr = powers_ptr + (layer * tl.num_programs(0) + image) * N
@@ -99,8 +108,7 @@ def tokens_fwd_kernel(
     coefficients_ptr,  # [L, K, B, N], written: q, then alpha and beta
     weight_row,  # strides of the weights
     weight_column,
-    positions,
-    channels,
+    steps,  # of an image
     IMAGE_STRIDES: tl.constexpr,
     ROW_STRIDES: tl.constexpr,
     TEACHER_IMAGE_STRIDES: tl.constexpr,
@@ -118,7 +126,8 @@ def tokens_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr,  # pieces of BLOCK_C channels a step
+    GROUPS: tl.constexpr,  # steps until all channels of BLOCK_N positions are in
 ):
     """One image of one layer a program: its maps are normalized over all positions."""
     image = tl.program_id(0).to(tl.int64)
@@ -139,29 +148,30 @@ def tokens_fwd_kernel(
     zeros = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     squares = zeros
     cosines = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, positions, BLOCK_N):
-        offs_n = first + tl.arange(0, BLOCK_N)
+    own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
+    # Loads of the next step are in flight during this one: the programs are too few to hide them.
+    for step in tl.range(0, steps, num_stages=2):
+        offs_n = step // GROUPS * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         rows = offs_n.to(OFFSETS)[:, None]
-        own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
-        for start in range(0, channels, BLOCK_C * UNROLL):
-            for piece in tl.static_range(UNROLL):
-                columns = (start + piece * BLOCK_C + offs_c)[None, :]
-                mask = mask_n[:, None] & (columns < C)
-                s = tl.load(s_ptr + rows * s_row + columns, mask=mask, other=0.0).to(tl.float32)
-                t = s
-                if CLONE != "none" or (ATTENTION and not GIVEN):
-                    t_ptrs = t_ptr + rows * t_row + columns
-                    t = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32)
-                own, other, own_squares, other_squares, dot, squares = add_elements(
-                    own, other, own_squares, other_squares, dot, squares,
-                    s, t, POWER, CLONE, ATTENTION, GIVEN,
-                )  # fmt: skip
-        cosines = finish_positions(
-            tl.sum(own, axis=1), tl.sum(other, axis=1), tl.sum(own_squares, axis=1),
-            tl.sum(other_squares, axis=1), tl.sum(dot, axis=1), cosines, clone_weight_ptr,
-            q_ptr, a_ptr, plane, offs_n, mask_n, N, CLONE, ATTENTION, GIVEN, PLANES,
-        )  # fmt: skip
+        for piece in tl.static_range(UNROLL):
+            columns = ((step % GROUPS * UNROLL + piece) * BLOCK_C + offs_c)[None, :]
+            mask = token_mask(mask_n, columns, C, BLOCK_C * UNROLL)
+            s = tl.load(s_ptr + rows * s_row + columns, mask=mask, other=0.0).to(tl.float32)
+            t = s
+            if CLONE != "none" or (ATTENTION and not GIVEN):
+                t = tl.load(t_ptr + rows * t_row + columns, mask=mask, other=0.0).to(tl.float32)
+            own, other, own_squares, other_squares, dot, squares = add_elements(
+                own, other, own_squares, other_squares, dot, squares,
+                s, t, POWER, CLONE, ATTENTION, GIVEN,
+            )  # fmt: skip
+        if step % GROUPS == GROUPS - 1:
+            cosines = finish_positions(
+                tl.sum(own, axis=1), tl.sum(other, axis=1), tl.sum(own_squares, axis=1),
+                tl.sum(other_squares, axis=1), tl.sum(dot, axis=1), cosines, clone_weight_ptr,
+                q_ptr, a_ptr, plane, offs_n, mask_n, N, POWER, CLONE, ATTENTION, GIVEN, PLANES,
+            )  # fmt: skip
+            own, other, own_squares, other_squares, dot = zeros, zeros, zeros, zeros, zeros
     finish_image(
         squares, cosines, weight_ptr, clone_weight_ptr, q_ptr, a_ptr,
         losses_ptr + layer * 2 * images + image, images, N, C, BLOCK_ROW, CLONE, ATTENTION,
@@ -217,7 +227,7 @@ def tokens_bwd_kernel(
     others = offs_n.to(OFFSETS)[:, None] * TEACHER_ROW_STRIDE
     for start in range(0, C, BLOCK_C):
         columns = (start + offs_c)[None, :]
-        mask = mask_n[:, None] & (columns < C)
+        mask = token_mask(mask_n, columns, C, BLOCK_C)
         s = tl.load(student_ptr + own + columns, mask=mask, other=0.0).to(tl.float32)
         t = s
         if CLONE != "none":

@@ -121,20 +121,17 @@ def _count(
 ):
     """Counts of two blocks of directions, (direction, bin) along either axis."""
     # Both blocks are loaded as one: a tensor with fewer elements than threads would be loaded
-    # again by every thread that needs a part of it.
+    # again by every thread that needs a part of it. Rows beyond the last repeat it, unstored.
     line = tl.arange(0, 2 * DIRECTIONS)[:, None]
     is_y = line >= DIRECTIONS
-    x_row, y_row = x_first + line, y_first + line - DIRECTIONS
-    exists = tl.where(is_y, y_row < second, x_row < first)
-    x_ptrs = x_ptr + x_row.to(tl.int64) * x_stride
-    row_ptr = tl.where(is_y, y_ptr + y_row.to(tl.int64) * y_stride, x_ptrs)
+    x_row = tl.minimum(x_first + line, first - 1).to(tl.int64)
+    y_row = tl.minimum(y_first + line - DIRECTIONS, second - 1).to(tl.int64)
+    row_ptr = tl.where(is_y, y_ptr + y_row * y_stride, x_ptr + x_row * x_stride)
     roll = tl.where(is_y, roll, 0)
     counts = tl.zeros([DIRECTIONS * WIDTH, DIRECTIONS * WIDTH], tl.int32)
     for block in tl.range(0, images, BLOCK, num_stages=1):  # more stages spill on sm_80
         image = block + 4 * tl.arange(0, BLOCK // 4)[None, :]  # [1, BLOCK / 4]
-        words = tl.reshape(
-            _four_codes(row_ptr, image, roll, images, exists), [2, DIRECTIONS, BLOCK // 4]
-        )
+        words = tl.reshape(_four_codes(row_ptr, image, roll, images), [2, DIRECTIONS, BLOCK // 4])
         x, y = tl.split(tl.permute(words, [1, 2, 0]))
         x_hot = _one_hot(x, BINS, WIDTH, DIRECTIONS, BLOCK)
         y_hot = _one_hot(y, BINS, WIDTH, DIRECTIONS, BLOCK)
@@ -143,19 +140,19 @@ def _count(
 
 
 @triton.jit
-def _four_codes(row_ptr, image, roll, images, exists):
+def _four_codes(row_ptr, image, roll, images):
     """Codes of four images in the bytes of a word; byte loads, as rolled rows are not aligned."""
-    low = _code(row_ptr, image, roll, images, exists)
-    low |= _code(row_ptr, image + 1, roll, images, exists) << 8
-    high = _code(row_ptr, image + 2, roll, images, exists) << 16
-    high |= _code(row_ptr, image + 3, roll, images, exists) << 24
+    low = _code(row_ptr, image, roll, images)
+    low |= _code(row_ptr, image + 1, roll, images) << 8
+    high = _code(row_ptr, image + 2, roll, images) << 16
+    high |= _code(row_ptr, image + 3, roll, images) << 24
     # A sum: past "or" the compiler would move its layout conversions, one to each byte.
     return tl.sum(tl.join(low, high), 2)
 
 
 @triton.jit
-def _code(row_ptr, image, roll, images, exists):
-    mask = exists & (image < images)
+def _code(row_ptr, image, roll, images):
+    mask = image < images
     code = tl.load(row_ptr + partner_of(image, roll, images, False), mask=mask, other=MISSING)
     return code.to(tl.uint32)
 

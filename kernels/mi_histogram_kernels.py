@@ -118,8 +118,8 @@ def pair_information_kernel(
     x_ptr, y_ptr = _pair_rows(x_ptr, y_ptr, table % pairs, x_stride, y_stride, second, CROSS)
     roll = roll_of(rolls, table // pairs, ROLLS)
     y_counts = tl.zeros([WIDTH], tl.int32)
-    nats = 0.0
-    for first_row in tl.static_range(0, BINS, ROWS):
+    nats = tl.full([], 0.0, tl.float64)  # of few, large numbers that nearly cancel
+    for first_row in range(0, BINS, ROWS):
         counts = _count(
             x_ptr, y_ptr, x_ptr, roll, 0, images, images, first_row,
             BINS, WIDTH, 1, False, ALIGNED, ROWS, ROWS * WIDTH, BLOCK,
@@ -129,7 +129,8 @@ def pair_information_kernel(
         nats -= tl.sum(deviation(tl.sum(counts, 1), BINS, images), 0)
         y_counts += tl.sum(counts, 0)
     nats -= tl.sum(deviation(y_counts, BINS, images), 0)
-    tl.store(information_ptr + table, information_of(nats, tl.sum(y_counts, 0), images))
+    information = information_of(nats.to(tl.float32), tl.sum(y_counts, 0), images)
+    tl.store(information_ptr + table, information)
 
 
 @triton.jit
@@ -211,7 +212,8 @@ def deviation(counts, bins, images):
     4e-8, which stays finite at 0.
     """
     wide = counts.to(tl.float32)
-    bits = (wide * (bins / images.to(tl.float32))).to(tl.int32, bitcast=True)
+    scale = tl.div_rn(tl.full([], bins, tl.float32), images.to(tl.float32))
+    bits = (wide * scale).to(tl.int32, bitcast=True)
     power = (bits - 0x3F3504F3) & -0x800000  # exponent above that of sqrt(1/2), where it lies
     x = (bits - power).to(tl.float32, bitcast=True) - 1.0
     q = -0.100346185 * x + 0.163356468
@@ -227,4 +229,5 @@ def deviation(counts, bins, images):
 def information_of(nats, counted, images):
     """Information from f of all cells, less f of all rows and columns; never negative."""
     counted = tl.maximum(counted, 1).to(tl.float32)
-    return tl.maximum(nats / counted + tl.log(counted / images.to(tl.float32)), 0.0)
+    share = tl.div_rn(counted, images.to(tl.float32))  # exactly 1 where no code is missing
+    return tl.maximum(nats / counted + tl.log(share), 0.0)

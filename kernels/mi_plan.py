@@ -26,6 +26,7 @@ _CELLS = 1024  # most counts of a program: AMD's histogram keeps them in the reg
 _CASE_BINS = (4, 8, 12, 16, 24, 32, 64)
 _CASE_ROLLS = 20  # shuffled pairings
 _CASE_GROUPS = 20  # jackknife groups
+_ALIGNED = "16 codes a lane, but on AMD 8, as its histogram takes registers for each"
 _ROLLED = "a rolled row is not aligned: its codes are read byte by byte"
 _GROUPED = "8 bytes of group an image are most of what is read; they take the registers"
 _PRODUCT = "codes are read byte by byte, each once for a block of directions: rolled or not"
@@ -83,7 +84,9 @@ def plan_counts(
         "ROWS": rows,
         "CELLS": triton.next_power_of_2(rows * bins),
     }
-    return _pair_plan(pair_counts_kernel, constants)
+    if grouped:
+        return _pair_plan(pair_counts_kernel, constants, block=1024, note=_GROUPED)
+    return _pair_plan(pair_counts_kernel, constants, block=2048)
 
 
 def plan_information(bins: int, num_rolls: int, *, crossed: bool, aligned: bool) -> Plan:
@@ -98,7 +101,9 @@ def plan_information(bins: int, num_rolls: int, *, crossed: bool, aligned: bool)
         "ROLLS": num_rolls,
         "ROWS": rows,
     }
-    return _pair_plan(pair_information_kernel, constants)
+    # A loop over parts of the table leaves fewer registers.
+    block = 2048 if rows == width else 1024
+    return _pair_plan(pair_information_kernel, constants, block=block)
 
 
 def plan_product(bins: int, num_rolls: int, *, information: bool) -> Plan:
@@ -122,14 +127,9 @@ def aot_cases() -> list[AotCase]:
     return [*_edge_cases(), *_product_cases(), *_pair_cases()]
 
 
-def _pair_plan(kernel: Any, constants: dict[str, Any]) -> Plan:
-    note = "" if constants["ALIGNED"] else _ROLLED
-    if constants.get("GROUPED"):
-        note = _GROUPED
-    # 16 codes, one load, to each lane of the target with the most of them, AMD's 64 a warp; where
-    # codes cannot be loaded so, half as many: they take registers.
-    block = 1024 if note else 2048
-    return Plan(kernel=kernel, constants=constants | {"BLOCK": block}, num_warps=2, note=note)
+def _pair_plan(kernel: Any, constants: dict[str, Any], *, block: int, note: str = "") -> Plan:
+    note = note or (_ALIGNED if constants["ALIGNED"] else _ROLLED)
+    return Plan(kernel=kernel, constants=constants | {"BLOCK": block}, num_warps=4, note=note)
 
 
 def _edge_cases() -> Iterator[AotCase]:

@@ -114,6 +114,12 @@ CASES: tuple[tuple[AotCase, tuple[str, ...]], ...] = (
     (BROKEN, ("sm_80",)),
     (scaled_case("unaligned", "fp16", divisible=()), FEW),
     (scaled_case("unaligned by nature", "fp16", divisible=(), data=False, note="odd"), ("gfx942",)),
+    (
+        scaled_case(
+            "narrow on AMD", "fp16", divisible=(), data=False, narrow_on=("gfx",), note="a"
+        ),
+        FEW,
+    ),
     (scaled_case("unaligned store", "fp16", divisible=(("x_ptr",), ("scale_ptr",))), FEW),
     (scaled_case("float32", "fp32"), FEW),
     (scaled_case("float32 named", "fp32", data_pointers=("x_ptr", "out_ptr")), FEW),
@@ -172,6 +178,12 @@ def test_narrow_accesses_are_let_pass_where_the_case_says_why(rows):
     assert row.wide_loads == 0
     assert row.note == "odd"
     assert failures(row) == ()
+
+
+def test_narrow_accesses_are_let_pass_only_on_the_targets_that_the_case_names(rows):
+    assert len(failures(rows["narrow on AMD", "sm_90"])) == 2
+    assert failures(rows["narrow on AMD", "gfx942"]) == ()
+    assert rows["narrow on AMD", "sm_90"].note == ""
 
 
 @pytest.mark.parametrize("target", FEW)
