@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 from loss_peers import at_loss, check, compiled, nad_loss, ours, plain, problem
-from measure import Case, Row, Timing, interleaved
-from micro import Place, calls_per_round, device_clock, rate_row, ratio_row, time_rows
+from measure import Case, Row, Timing
+from micro import Place, in_turns, rate_row, ratio_row, time_rows
 from torch import Tensor
 
 from mimic_fast import ops
@@ -28,16 +28,7 @@ def loss_rows(shape: str, args: argparse.Namespace, place: Place) -> list[Row]:
     torch.set_num_threads(1)
     candidates = checked_candidates(shape, args)
     print(f"{shape}: all agree with the oracle; timing", flush=True)
-    clock = device_clock(place.device)
-    timings = interleaved(
-        candidates,
-        rounds=args.rounds,
-        warmup=args.warmup,
-        calls=calls_per_round(candidates, seconds=args.round_seconds, clock=clock),
-        clock=clock,
-        report=lambda line: print(line, flush=True),
-    )
-    return rows_of(timings, shape, args, place)
+    return rows_of(in_turns(candidates, args, place), shape, args, place)
 
 
 def checked_candidates(shape: str, args: argparse.Namespace) -> Candidates:

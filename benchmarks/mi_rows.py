@@ -7,9 +7,9 @@ from functools import partial
 import mi_peers as peers
 import numpy as np
 import torch
-from measure import Case, Row, Timing, interleaved, single_row
+from measure import Case, Row, Timing, single_row
 from memory import peak_growth
-from micro import Place, calls_per_round, device_clock, rate_row, ratio_row, time_rows
+from micro import Place, in_turns, rate_row, ratio_row, time_rows
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -42,16 +42,7 @@ def mi_rows(work: peers.Workload, args: argparse.Namespace, place: Place) -> lis
     for mode, candidates in groups.items():
         check(candidates, expected, device=args.device)
         print(f"{work.name}, {mode}: all agree with numpy; timing", flush=True)
-        clock = device_clock(place.device)
-        timings = interleaved(
-            candidates,
-            rounds=args.rounds,
-            warmup=args.warmup,
-            calls=calls_per_round(candidates, seconds=args.round_seconds, clock=clock),
-            clock=clock,
-            report=lambda line: print(line, flush=True),
-        )
-        rows += rows_of(timings, work, mode, place)
+        rows += rows_of(in_turns(candidates, args, place), work, mode, place)
     return rows + memory_rows(work, codes, place)
 
 

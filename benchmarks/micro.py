@@ -4,6 +4,7 @@ Each candidate is called so often in a round that the round takes about as long 
 its caches are emptied before every call, and the seconds are those between two events around it.
 """
 
+import argparse
 import gc
 import sys
 import time
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from measure import Case, Machine, Row, Timing, cpu_clock, spread_row, this_machine
+from measure import (
+    Case,
+    Machine,
+    Row,
+    Timing,
+    cpu_clock,
+    interleaved,
+    spread_row,
+    this_machine,
+)
 
 Clock = Callable[[Callable[[], object], int], tuple[float, float]]
 Device = Literal["cpu", "cuda"]
@@ -37,6 +47,26 @@ class Place:
 def device_clock(device: Device) -> Clock:
     """Seconds a call: of wall and CPU time, or of the GPU and of the CPU that drives it."""
     return cpu_clock if device == "cpu" else _cuda_clock()
+
+
+def in_turns(
+    candidates: Mapping[str, Callable[[], object]], args: argparse.Namespace, place: Place
+) -> dict[str, Timing]:
+    """Times the candidates as ``args`` says: ``rounds``, ``warmup``, ``round_seconds``."""
+    clock = device_clock(place.device)
+    gc.collect()
+    gc.freeze()  # the clock collects garbage every time: not among what was there before
+    try:
+        return interleaved(
+            candidates,
+            rounds=args.rounds,
+            warmup=args.warmup,
+            calls=calls_per_round(candidates, seconds=args.round_seconds, clock=clock),
+            clock=clock,
+            report=lambda line: print(line, flush=True),
+        )
+    finally:
+        gc.unfreeze()
 
 
 def calls_per_round(

@@ -10,7 +10,7 @@ their number.
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,9 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _CLONES = {"none": 0, "cosine": 1, "mse": 2}
 _ACTIVATIONS = ("student", "teacher", "trunk", "out")
 _TABLES = {"teacher_power": 2, "weights": 1, "losses": 2, "coefficients": 3, "grad_losses": 2}
+
+
+_Kind = tuple[torch.dtype, torch.Size, tuple[int, ...]]  # of a tensor: dtype, shape, strides
 
 
 class _Activation(ctypes.Structure):
@@ -74,7 +77,7 @@ def power_maps(
 
 def forward(
     students: Sequence[Float[Tensor, "total ..."]],
-    teachers: Sequence[Float[Tensor, "total ..."]] | None,
+    teachers: Sequence[Float[Tensor, "_ ..."]] | None,
     teacher_powers: Float[Tensor, "layer batch position"] | None,
     weights: Float[Tensor, "2 layer"],
     losses: Float[Tensor, "layer 2 batch"],
@@ -117,7 +120,7 @@ def forward(
 
 def backward(
     student: Float[Tensor, "total ..."],
-    teacher: Float[Tensor, "total ..."] | None,
+    teacher: Float[Tensor, "_ ..."] | None,
     coefficients: Float[Tensor, "plane batch position"],
     weights: Float[Tensor, "2"],
     grad_losses: Float[Tensor, "2 batch"],
@@ -153,7 +156,7 @@ def backward(
 
 def forward_with_gradient(
     student: Float[Tensor, "total ..."],
-    teacher: Float[Tensor, "total ..."] | None,
+    teacher: Float[Tensor, "_ ..."] | None,
     teacher_power: Float[Tensor, "batch position"] | None,
     weights: Float[Tensor, "2"],
     losses: Float[Tensor, "2 batch"],
@@ -205,9 +208,6 @@ def _run(
     library.run(job, ctypes.byref(data))
 
 
-_Kind = tuple[torch.dtype, torch.Size, tuple[int, ...]]
-
-
 @functools.lru_cache(maxsize=1024)
 def _job(
     kinds: tuple[_Kind | None, ...],
@@ -216,23 +216,27 @@ def _job(
     power: float,
     clone: str,
     attention: bool,
-):
+) -> Any:
     activations, tables = kinds[: len(_ACTIVATIONS)], kinds[len(_ACTIVATIONS) :]
     layouts = [_layout(kind, prefix) for kind in activations]
-    student = layouts[0]
+    student, (dtype, *_) = layouts[0], kinds[0] or (torch.float32,)
     assert student is not None
-    dtype = kinds[0][0] if kinds[0] else torch.float32
-    job = _Job(images=images, positions=student.positions, channels=student.channels)
+    positions, channels = student.positions, student.channels
+    job = _Job(images=images, positions=positions, channels=channels)
     for name, kind, layout in zip(_ACTIVATIONS, activations, layouts, strict=True):
         if kind is not None:
-            assert layout is not None and kind[0] == dtype
-            assert (layout.kind, layout.positions) == (student.kind, student.positions)
+            assert layout is not None
+            sizes = layout.kind, layout.positions, layout.channels
+            assert (kind[0], *sizes) == (dtype, student.kind, positions, channels)
+            assert images <= layout.images
             strides = layout.stride_image, layout.stride_position, layout.stride_channel
             setattr(job, name, _Activation(layout.start, *strides))
-    for (name, dimensions), kind in zip(_TABLES.items(), tables, strict=True):
+    planes = attention + 2 * (clone == "cosine")
+    shapes = ((images, positions), (2,), (2, images), (planes, images, positions), (2, images))
+    for name, kind, shape in zip(_TABLES, tables, shapes, strict=True):
         if kind is not None:
-            assert kind[0] == _sum_dtype(dtype)
-            getattr(job, name)[:] = kind[2][:dimensions]
+            assert kind[:2] == (_sum_dtype(dtype), shape)
+            getattr(job, name)[:] = kind[2]
     job.power, job.dtype, job.planes = power, _DTYPES[dtype], student.kind == "planes"
     job.clone, job.attention = _CLONES[clone], attention
     return ctypes.byref(job)

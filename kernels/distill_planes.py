@@ -44,10 +44,9 @@ def fold(sums, HW: tl.constexpr, V: tl.constexpr, BLOCK_P: tl.constexpr):
     if V == 1:
         return sums
     else:
-        if HW != BLOCK_P:
-            slots = tl.arange(0, V * BLOCK_P)
-            # Below V * BLOCK_P for every lane, since HW < BLOCK_P.
-            sums = tl.gather(sums, slots // BLOCK_P * HW + slots % BLOCK_P, 0)
+        slots = tl.arange(0, V * BLOCK_P)
+        # Below V * BLOCK_P for every lane, since HW <= BLOCK_P.
+        sums = tl.gather(sums, slots // BLOCK_P * HW + slots % BLOCK_P, 0)
         return tl.sum(tl.reshape(sums, [V, BLOCK_P]), axis=0)
 
 

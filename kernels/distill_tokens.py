@@ -87,7 +87,7 @@ def tokens_power_kernel(
     row_stride = layer_stride(ROW_STRIDES, layer, STRIDED, OFFSETS)
     rows = offs_n.to(OFFSETS)[:, None] * row_stride
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, channels, BLOCK_C * UNROLL):
+    for start in tl.range(0, channels, BLOCK_C * UNROLL, num_stages=2):
         for piece in tl.static_range(UNROLL):
             columns = (start + piece * BLOCK_C + offs_c)[None, :]
             mask = token_mask(mask_n, columns, C, BLOCK_C * UNROLL)

@@ -4,8 +4,8 @@ Counts are gathered in shared memory (``tl.histogram``), in int32, so that no re
 order of the images. ``mi_cross_kernels.py`` has the kernels that count many pairs at once.
 
 With f(c, b) = c log(c b / N), N images and K bins, the information of n counted images is
-[sum_xy f(n_xy, K^2) - sum_x f(n_x, K) - sum_y f(n_y, K)] / n + log(n / N). Every sum is near zero
-for bins of equal mass, so float32 loses less than it would with c log c.
+[sum_xy f(n_xy, K^2) - sum_x f(n_x, K) - sum_y f(n_y, K) + f(n, 1)] / n. Every sum is about zero
+where bins have equal mass and no image is missing: float32 loses less than it would with c log c.
 """
 
 # Code inside triton.jit is Triton's: its loops, constants and operators are not Python's.
@@ -212,7 +212,7 @@ def deviation(counts, bins, images):
     4e-8, which stays finite at 0.
     """
     wide = counts.to(tl.float32)
-    scale = tl.div_rn(tl.full([], bins, tl.float32), images.to(tl.float32))
+    scale = bins * (1.0 / images.to(tl.float32))  # what 1 / N is rounded by cancels in the sum
     bits = (wide * scale).to(tl.int32, bitcast=True)
     power = (bits - 0x3F3504F3) & -0x800000  # exponent above that of sqrt(1/2), where it lies
     x = (bits - power).to(tl.float32, bitcast=True) - 1.0
@@ -228,6 +228,5 @@ def deviation(counts, bins, images):
 @triton.jit
 def information_of(nats, counted, images):
     """Information from f of all cells, less f of all rows and columns; never negative."""
-    counted = tl.maximum(counted, 1).to(tl.float32)
-    share = tl.div_rn(counted, images.to(tl.float32))  # exactly 1 where no code is missing
-    return tl.maximum(nats / counted + tl.log(share), 0.0)
+    nats += deviation(counted, 1, images)
+    return tl.maximum(nats / tl.maximum(counted, 1).to(tl.float32), 0.0)

@@ -26,7 +26,12 @@ from mimic_fast.kernels import aot
 gc.freeze()  # a tenth of the time went into looking for garbage among the imported
 part, parts, only, *targets = sys.argv[1:]
 rows, sys.stdout = sys.stdout, sys.stderr  # a compiler that has something to say prints it
-cases = [case for case in aot.production_cases() if only in case.name]
+only = json.loads(only)
+cases = [
+    case
+    for case in aot.production_cases()
+    if not only or any(text in case.name for text in only)
+]
 order = [case.name for case in cases]
 for row in aot.compile_all(cases[int(part) :: int(parts)], targets):
     found = dataclasses.asdict(row) | {"failures": aot.failures(row)}
@@ -62,8 +67,9 @@ def aot(
         ),
     ] = None,
     only: Annotated[
-        str, typer.Option("--only", help="Only what has this in its name, such as 'C768 bf16'.")
-    ] = "",
+        list[str] | None,
+        typer.Option("--only", help="What has this in its name, such as 'C768 bf16'; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile every GPU kernel ahead of time and show registers, spills and access widths.
@@ -76,9 +82,9 @@ def aot(
     if find_spec("triton") is None:
         raise MachineError("Triton is not installed; it comes with PyTorch for Linux")
     with progress_bars() as report:
-        rows = compiled_rows(target or _USUAL, report, only=only)
+        rows = compiled_rows(target or _USUAL, report, only=only or ())
     if not rows:
-        raise UsageError(f"no kernel has {only!r} in its name")
+        raise UsageError(f"no kernel has {' or '.join(map(repr, only or ()))} in its name")
     conclude(rows, check=check, as_json=as_json)
 
 
@@ -98,14 +104,14 @@ def conclude(rows: Sequence[Mapping[str, Any]], *, check: bool, as_json: bool) -
 
 
 def compiled_rows(
-    targets: Sequence[str], report: Reporter, *, only: str = ""
+    targets: Sequence[str], report: Reporter, *, only: Sequence[str] = ()
 ) -> list[Mapping[str, Any]]:
     """What every specialization takes on every target, in a fixed order.
 
     Args:
         targets: Names of the targets.
         report: Told of every kernel.
-        only: What the name of a specialization must have in it.
+        only: One of these must be in the name of a specialization; empty: all.
 
     Raises:
         RuntimeError: If a process ends before it has done its part.
@@ -113,7 +119,7 @@ def compiled_rows(
     found: list[tuple[int, Mapping[str, Any]]] = []
     reading, writing = os.pipe()
     with tempfile.TemporaryFile("w+") as complaints:
-        workers = _started([only, *targets], writing, complaints)
+        workers = _started([json.dumps(only), *targets], writing, complaints)
         os.close(writing)
         try:
             with os.fdopen(reading) as lines:
@@ -167,14 +173,19 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     )
     # A pipe has no width: rows stay whole there.
     Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(table)
-    notes = dict[str, list[str]]()
+    _print_notes(rows)
+
+
+def _print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Where 128-bit accesses are not demanded, reason by reason."""
+    notes = defaultdict[str, dict[str, list[str]]](lambda: defaultdict(list))
     for row in rows:
         if not row["data"]:
-            notes.setdefault(row["note"], []).append(f"{row['case']} ({row['target']})")
+            notes[row["note"]][row["case"]].append(row["target"])
     for note, kernels in notes.items():
-        typer.echo(f"128 bits are not demanded of {len(kernels)} rows, {note}:")
-        for kernel in kernels:
-            typer.echo(f"  {kernel}")
+        typer.echo(f"128 bits are not demanded: {note}")
+        for kernel, targets in kernels.items():
+            typer.echo(f"  {kernel} ({', '.join(targets)})")
 
 
 def _cell(row: Mapping[str, Any]) -> str:

@@ -154,6 +154,10 @@ def test_lean_kernel_passes_the_gate_on_every_target(rows, target):
     assert row.global_atomics == 0
 
 
+def test_large_tensors_are_addressed_otherwise_on_amd(rows):
+    assert replace(rows["wide", "gfx942_large"], target="gfx942") != rows["wide", "gfx942"]
+
+
 @pytest.mark.parametrize("target", FEW)
 def test_narrow_data_accesses_fail_the_gate(rows, target):
     row = rows["unaligned", target]

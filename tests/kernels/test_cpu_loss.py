@@ -282,7 +282,8 @@ def test_only_what_counts_is_read_and_written(name, dtype, engine):
         x[images:] = math.nan
         x[:, :prefix] = math.nan
 
-    found = two_passes(engine, (student, teacher, *given[2:]), trunk, out, terms)
+    # The teacher may have seen just the images that count.
+    found = two_passes(engine, (student, *given[1:]), trunk, out, terms)
 
     assert found.isfinite().all()
     assert_close(out, expected, GRADIENT_TOLERANCE[dtype])
