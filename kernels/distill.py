@@ -29,8 +29,8 @@ def distill_losses(
     targets: Sequence[Target],
     weights: Tensor,
     terms: Sequence[Terms],
-) -> Tensor:
-    """Weighted losses of all layers, ``[layer, 2, image]``; arguments as for ``LayerLosses``."""
+) -> tuple[Tensor, ...]:
+    """Weighted losses of every layer, ``[2, image]``; arguments as for ``LayerLosses``."""
     return _Distill.apply(engine, tuple(targets), weights, tuple(terms), *students)
 
 
@@ -45,7 +45,8 @@ class _Distill(torch.autograd.Function):
         weights: Tensor,
         terms: tuple[Terms, ...],
         *students: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         dense = [
             dense_activation(student, term, student.shape[0])
             for student, term in zip(students, terms, strict=True)
@@ -68,36 +69,38 @@ class _Distill(torch.autograd.Function):
         else:
             _fill_all(engine, layers, weights, losses)
             ctx.layers = layers
-        return losses
+        return tuple(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *cotangents: Tensor
+        ctx: Any, *cotangents: Tensor | None
     ) -> Any:
-        (cotangent,) = cotangents
         count = len(ctx.terms)
         saved = ctx.saved_tensors
         students, teachers, powers = (saved[n * count : (n + 1) * count] for n in range(3))
         gradients, ctx.gradients = ctx.gradients, None
         # Only a CPU engine has made them already, so that this comparison waits for no device.
-        if gradients is None or not bool((cotangent == 1).all()):
-            layers = ctx.layers
-            if layers is None:
-                targets = [
-                    Target(teacher=teacher, power=power)
-                    for teacher, power in zip(teachers, powers, strict=True)
-                ]
-                layers = _layers(students, targets, ctx.terms)
-                again = torch.empty_like(cotangent, memory_format=torch.contiguous_format)
-                _fill_all(ctx.engine, layers, saved[-1], again)
-            gradients = [
-                _gradient(ctx.engine, layer, student, teacher, cotangent[n])
-                for n, (layer, student, teacher) in enumerate(
-                    zip(layers, students, teachers, strict=True)
-                )
-            ]
-        return None, None, None, None, *gradients
+        if gradients is not None and all(map(_is_one, cotangents)):
+            return None, None, None, None, *gradients
+        layers = ctx.layers
+        if layers is None:
+            targets = [Target(teacher=t, power=p) for t, p in zip(teachers, powers, strict=True)]
+            layers = _layers(students, targets, ctx.terms)
+            shape = (count, 2, students[0].shape[0])
+            again = students[0].new_empty(shape, dtype=accumulator(students[0]))
+            _fill_all(ctx.engine, layers, saved[-1], again)
+        sides = zip(layers, students, teachers, cotangents, strict=True)
+        return None, None, None, None, *(_gradient(ctx.engine, *side) for side in sides)
+
+
+def _is_one(cotangent: Tensor | None) -> bool:
+    """Whether a cotangent is 1 throughout, as that of a sum is: one number, expanded."""
+    if cotangent is None:
+        return False
+    if not any(cotangent.stride()):
+        return cotangent.as_strided((), ()).item() == 1
+    return bool((cotangent == 1).all())
 
 
 def _layers(
@@ -115,8 +118,14 @@ def _fill_all(engine: Engine, layers: list[Layer], weights: Tensor, losses: Tens
 
 
 def _gradient(
-    engine: Engine, layer: Layer, student: Tensor, teacher: Tensor | None, cotangent: Tensor
-) -> Tensor:
+    engine: Engine,
+    layer: Layer,
+    student: Tensor,
+    teacher: Tensor | None,
+    cotangent: Tensor | None,
+) -> Tensor | None:
+    if cotangent is None:
+        return None
     out = torch.empty_like(student)
     copy_uncounted(out, None, layer.terms.prefix, out.shape[0])
     engine.backward(

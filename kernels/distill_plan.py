@@ -39,7 +39,7 @@ class Plan:
         blocks: Programs of an image: the axes of the grid after that of images.
         constants: Values of the constexpr arguments.
         num_warps: Warps a program.
-        end: Where the loop of a program ends, an argument of the kernel; 0: it has none.
+        end: Where the loop of a program ends, an argument of the kernel.
         note: Why not all data moves 16 bytes at a time, or empty.
     """
 
@@ -54,7 +54,7 @@ class Plan:
 @functools.lru_cache(maxsize=256)
 def plan_powers(features: tuple[Layout, ...], itemsize: int, *, power: float) -> Plan:
     """Launch that computes the power maps of activations of one shape."""
-    shape = _shape(features, features, itemsize, most_warps=4)
+    shape = _shape(features, features, itemsize, most_warps=4, tiles=_tiles(power))
     unused = ("TEACHER_IMAGE_STRIDES", "TEACHER_ROW_STRIDES", "GROUPS")
     constants = {name: value for name, value in shape.constants.items() if name not in unused}
     constants |= {"LAYERS": len(features), "POWER": float(power)}
@@ -83,7 +83,8 @@ def plan_forward(
     # Four or five sums an element: the squares of the cosine are the powers of p = 2 only.
     lanes = 32 if clone == "cosine" and attention and power != 2 else 64
     # Three sums of planes, folded to positions, leave room for one tile in flight.
-    tiles = 1 if clone == "cosine" and students[0].kind == "planes" else 3
+    folded = clone == "cosine" and students[0].kind == "planes"
+    tiles = 1 if folded else _tiles(power)
     shape = _shape(students, teachers, itemsize, most_warps=8, lanes=lanes, tiles=tiles)
     constants = shape.constants | _loss(power=power, clone=clone, attention=attention)
     constants |= {"LAYERS": len(students), "GIVEN": given}
@@ -116,19 +117,24 @@ def plan_backward(
     for name in ("IMAGE_STRIDE", "ROW_STRIDE", "TEACHER_IMAGE_STRIDE", "TEACHER_ROW_STRIDE"):
         (constants[name],) = constants.pop(f"{name}S")
     constants |= _loss(power=power, clone=clone, attention=attention) | {"TRUNK": trunk}
-    blocks = (shape.blocks,)
+    blocks, end = (shape.blocks,), student.channels
     if student.kind == "planes":
         tiles = triton.cdiv(student.channels, constants["V"] * constants["BLOCK_R"])
-        constants["TILES"] = min(2, tiles)
-        blocks = (triton.cdiv(tiles, constants["TILES"]), shape.blocks)
+        end = min(2, tiles)
+        blocks = (triton.cdiv(tiles, end), shape.blocks)
     return Plan(
         kernel=tokens_bwd_kernel if student.kind == "tokens" else planes_bwd_kernel,
         blocks=blocks,
         constants=constants,
         num_warps=shape.num_warps,
-        end=0,
+        end=end,
         note=shape.note,
     )
+
+
+def _tiles(power: float) -> int:
+    """Most tiles in flight; logarithms and exponentials take the registers of the others."""
+    return 3 if power in (1, 2, 3, 4) else 1
 
 
 def _loss(*, power: float, clone: Clone, attention: bool) -> dict[str, Any]:

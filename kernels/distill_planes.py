@@ -61,12 +61,12 @@ def spread(values, slots, HW: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def row_mask(rows, slots, HW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, STEP: tl.constexpr):
-    """Slots that exist; rows [BLOCK_R, 1] of V channels are taken STEP at a time."""
+def row_mask(rows, slots, HW: tl.constexpr, C: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr):
+    """Slots that exist in rows [BLOCK_R, 1] of V channels; WHOLE: all of the rows do."""
     mask = (slots < V * HW)[None, :]
     if C % V != 0:
         mask = mask & (rows * (V * HW) + slots[None, :] < C * HW)
-    elif C % (V * STEP) != 0:
+    elif not WHOLE:
         mask = mask & (rows < C // V)
     return mask
 
@@ -102,7 +102,7 @@ def planes_power_kernel(
     for start in tl.range(0, channels, V * BLOCK_R * UNROLL, num_stages=2):
         for piece in tl.static_range(UNROLL):
             rows = start // V + piece * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-            mask = row_mask(rows, slots, HW, C, V, BLOCK_R * UNROLL)
+            mask = row_mask(rows, slots, HW, C, V, C % (V * BLOCK_R * UNROLL) == 0)
             x_ptrs = x_ptr + rows.to(OFFSETS) * row_stride + slots[None, :]
             acc += raised(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), POWER)
     row_ptr = powers_ptr + (layer * tl.num_programs(0) + image) * HW
@@ -168,7 +168,7 @@ def planes_fwd_kernel(
         slots = slots_from(first, V, BLOCK_P)
         for tile in tl.static_range(UNROLL):
             rows = (step % GROUPS * UNROLL + tile) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-            mask = row_mask(rows, slots, HW, C, V, BLOCK_R * UNROLL)
+            mask = row_mask(rows, slots, HW, C, V, C % (V * BLOCK_R * UNROLL) == 0)
             wide = rows.to(OFFSETS)
             s_ptrs = s_ptr + wide * s_row + slots[None, :]
             s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -211,6 +211,7 @@ def planes_bwd_kernel(
     weight_stride,
     grad_row,  # strides of the gradients of the losses
     grad_image,
+    tiles,  # of a program
     IMAGE_STRIDE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     TEACHER_IMAGE_STRIDE: tl.constexpr,
@@ -226,9 +227,8 @@ def planes_bwd_kernel(
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    """Writes the trunk's gradient plus the losses', TILES * BLOCK_R rows a program."""
+    """Writes the trunk's gradient plus the losses', ``tiles`` tiles a program."""
     image = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64) * HW
     first = tl.program_id(2) * BLOCK_P
@@ -248,9 +248,9 @@ def planes_bwd_kernel(
     teacher_ptr += image * TEACHER_IMAGE_STRIDE
     trunk_ptr += image * IMAGE_STRIDE
     out_ptr += image * IMAGE_STRIDE
-    for tile in tl.static_range(TILES):
-        rows = (tl.program_id(1) * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        mask = row_mask(rows, slots, HW, C, V, BLOCK_R * TILES)
+    for tile in range(0, tiles):
+        rows = (tl.program_id(1) * tiles + tile) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        mask = row_mask(rows, slots, HW, C, V, False)
         wide = rows.to(OFFSETS)
         own = wide * ROW_STRIDE + slots[None, :]
         s = tl.load(student_ptr + own, mask=mask, other=0.0).to(tl.float32)

@@ -45,6 +45,8 @@ BACKWARD_SIDES = [
     "weight_stride",
     "grad_row",
     "grad_image",
+    "channels",
+    "tiles",
 ]
 
 
@@ -191,6 +193,7 @@ def tokens_bwd_kernel(
     weight_stride,
     grad_row,  # strides of the gradients of the losses
     grad_image,
+    channels,
     IMAGE_STRIDE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     TEACHER_IMAGE_STRIDE: tl.constexpr,
@@ -225,7 +228,7 @@ def tokens_bwd_kernel(
     out_ptr += image * IMAGE_STRIDE
     own = offs_n.to(OFFSETS)[:, None] * ROW_STRIDE
     others = offs_n.to(OFFSETS)[:, None] * TEACHER_ROW_STRIDE
-    for start in range(0, C, BLOCK_C):
+    for start in range(0, channels, BLOCK_C):
         columns = (start + offs_c)[None, :]
         mask = token_mask(mask_n, columns, C, BLOCK_C)
         s = tl.load(student_ptr + own + columns, mask=mask, other=0.0).to(tl.float32)

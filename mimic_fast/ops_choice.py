@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -92,7 +92,11 @@ def choose(op: Op, device: torch.device, dtype: torch.dtype | None = None) -> Ch
     Raises:
         PathError: If a path was forced that cannot run here.
     """
-    forced = _forced.get().get(op)
+    return _choose(op, device, dtype, _forced.get().get(op))
+
+
+@lru_cache(maxsize=256)
+def _choose(op: Op, device: torch.device, dtype: torch.dtype | None, forced: Path | None) -> Choice:
     if forced is not None:
         hindrance = _hindrance(forced, op, device, dtype)
         if hindrance is not None:

@@ -164,7 +164,7 @@ def attention_loss(
     (losses,) = layer_losses(
         [student_map], [Target(power=target)], weights, power=power, prefix=prefix
     )
-    return losses[0].sum()
+    return losses.sum()  # the other row is 0
 
 
 def clone_loss(
@@ -183,7 +183,7 @@ def clone_loss(
     (losses,) = layer_losses(
         [student], [target], weights, clone=kind, attention=False, prefix=prefix
     )
-    return losses[1].sum()
+    return losses.sum()  # the other row is 0
 
 
 def compiled_losses(
@@ -259,8 +259,10 @@ def _check_pair(student: Tensor, target: Target, terms: Terms) -> None:
             f"expected a teacher like the student, {list(student.shape)} {student.dtype} on "
             f"{student.device}; got {list(teacher.shape)} {teacher.dtype} on {teacher.device}"
         )
+    if power is None:
+        return
     expected = reference.positions(student, prefix=terms.prefix).shape[:2]
-    if power is not None and power.shape != expected:
+    if power.shape != expected:
         raise ValueError(
             f"expected the teacher's attention map to be {list(expected)} (batch, positions) as "
             f"the student's, got {list(power.shape)}"

@@ -224,7 +224,7 @@ def test_plain_function_equals_autograd_of_the_oracle(kind, clone, scale):
     factor = torch.ones(2, 2, 2) if scale == "one" else randn(2, 2, 2, seed=9)
 
     targets = [Target(teacher=teacher) for teacher in teachers]
-    found = distill_losses(engine(kind), students, targets, weights, [terms] * 2)
+    found = torch.stack(distill_losses(engine(kind), students, targets, weights, [terms] * 2))
     gradients = torch.autograd.grad((found * factor).sum(), students, retain_graph=True)
     again = torch.autograd.grad((found * factor).sum(), students)
 

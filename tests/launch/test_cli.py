@@ -78,6 +78,8 @@ def test_every_command_has_help():
         ["attack", "badencoder"],
         ["pretrain"],
         ["inspect"],
+        ["bench", "loss"],
+        ["bench", "mi"],
         ["config", "show"],
         ["config", "validate"],
         ["config", "schema"],
