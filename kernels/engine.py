@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mimic_fast.kernels.layout import layout_of
+from mimic_fast.kernels.layout import has_gaps, layout_of
 
 Clone = Literal["none", "cosine", "mse"]
 
@@ -97,12 +97,7 @@ def dense_activation(activation: Tensor, terms: Terms, images: int) -> Tensor:
     A gradient takes the strides of its activation, which must therefore have no gaps.
     """
     layout = layout_of(activation, prefix=terms.prefix, images=images)
-    reach = sum(
-        (n - 1) * step for n, step in zip(activation.shape, activation.stride(), strict=True)
-    )
-    if layout is None or reach + 1 != activation.numel():
-        return activation.contiguous()
-    return activation
+    return activation.contiguous() if layout is None or has_gaps(activation) else activation
 
 
 def matching(target: Target, student: Tensor) -> Target:

@@ -5,7 +5,9 @@ NCHW maps keep the positions of a channel together (``planes``). Class and regis
 out by an offset, images that take no part by a count.
 """
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from torch import Tensor
@@ -47,11 +49,23 @@ def layout_of(activation: Tensor, *, prefix: int = 0, images: int | None = None)
     Returns:
         None if neither channels nor positions are dense: a copy is needed (``contiguous()``).
     """
-    sizes, strides = activation.shape, activation.stride()
-    if activation.ndim == 2:
+    return _layout(tuple(activation.shape), activation.stride(), prefix, images)
+
+
+def has_gaps(activation: Tensor) -> bool:
+    """Whether memory between its elements is not its own."""
+    return _has_gaps(tuple(activation.shape), activation.stride())
+
+
+# A step asks for the same few shapes again and again; on small layers that was a tenth of the op.
+@lru_cache(maxsize=1024)
+def _layout(
+    sizes: tuple[int, ...], strides: tuple[int, ...], prefix: int, images: int | None
+) -> Layout | None:
+    if len(sizes) == 2:
         positions, channels = 1, sizes[1]
         position, channel = 0, strides[1]
-    elif activation.ndim == 3:
+    elif len(sizes) == 3:
         positions, channels = sizes[1] - prefix, sizes[2]
         position, channel = strides[1], strides[2]
     else:
@@ -73,5 +87,11 @@ def layout_of(activation: Tensor, *, prefix: int = 0, images: int | None = None)
         stride_image=strides[0],
         stride_position=position,
         stride_channel=channel,
-        start=prefix * strides[1] if activation.ndim == 3 else 0,
+        start=prefix * strides[1] if len(sizes) == 3 else 0,
     )
+
+
+@lru_cache(maxsize=1024)
+def _has_gaps(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return reach + 1 != math.prod(sizes)
