@@ -212,7 +212,7 @@ def deviation(counts, bins, images):
     4e-8, which stays finite at 0.
     """
     wide = counts.to(tl.float32)
-    scale = bins * (1.0 / images.to(tl.float32))  # what 1 / N is rounded by cancels in the sum
+    scale = bins * (1.0 / images)  # float32; by what 1 / N is rounded cancels in the sum
     bits = (wide * scale).to(tl.int32, bitcast=True)
     power = (bits - 0x3F3504F3) & -0x800000  # exponent above that of sqrt(1/2), where it lies
     x = (bits - power).to(tl.float32, bitcast=True) - 1.0

@@ -71,12 +71,15 @@ def measured(
     }
     paths: list[ops.Path] = [path for path, reason in hindrances.items() if not reason]
     found: list[Measured] = []
+    gc.collect()
+    gc.freeze()  # collected before every timing: not among what was there before
     for name, call in work.items():
         seconds = _seconds(call, paths, device)
         found += [
             Measured(work=name, path=path, seconds=seconds.get(path), reason=reason)
             for path, reason in hindrances.items()
         ]
+    gc.unfreeze()
     return found
 
 

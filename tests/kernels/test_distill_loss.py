@@ -202,7 +202,7 @@ def test_clone_loss_alone_matches_float64(shape: tuple[int, ...], clone: str):
 
 
 @pytest.mark.parametrize("clone", CLONES)
-@pytest.mark.parametrize("shape", [(3, 21, 48), (3, 24, 5, 7)], ids=["tokens", "planes"])
+@pytest.mark.parametrize("shape", [(2, 9, 48), (2, 24, 3, 5)], ids=["tokens", "planes"])
 def test_given_power_maps_match_float64(shape: tuple[int, ...], clone: str):
     assert_exact(case(*shape, layers=2, clone=clone), powers=True)
 
@@ -230,7 +230,7 @@ def test_rows_beyond_one_block_match_float64(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("clone", CLONES)
-@pytest.mark.parametrize("shape", [(3, 21, 48), (3, 24, 7, 7)], ids=["tokens", "planes"])
+@pytest.mark.parametrize("shape", [(2, 9, 48), (2, 24, 3, 3)], ids=["tokens", "planes"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in_place"])
 def test_trunk_is_added(shape: tuple[int, ...], clone: str, in_place: bool):
     assert_exact(case(*shape, clone=clone), trunk=not in_place, in_place=in_place)
@@ -315,7 +315,7 @@ def test_strides_are_taken_as_they_come(name: str, clone: str):
 
 @pytest.mark.parametrize("clone", CLONES)
 def test_layers_and_teachers_may_differ_in_strides(clone: str):
-    given = case(2, 9, 40, layers=3, clone=clone)
+    given = case(1, 5, 40, layers=3, clone=clone)
     students = [given.students[0], sliced_tokens(given.students[1]), given.students[2]]
     teachers = [*given.teachers[:2], sliced_tokens(given.teachers[2])]
 
@@ -329,9 +329,12 @@ def test_layers_and_teachers_may_differ_in_strides(clone: str):
 
 
 @pytest.mark.parametrize("clone", CLONES)
-@pytest.mark.parametrize("shape", [(1, 33, 192), (1, 64, 7, 7)], ids=["tokens", "planes"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("trunk", [False, True], ids=["last", "middle"])
+@pytest.mark.parametrize("shape", [(1, 17, 192), (1, 64, 5, 5)], ids=["tokens", "planes"])
+@pytest.mark.parametrize(
+    ("dtype", "trunk"),
+    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)],
+    ids=["bf16-last", "bf16-middle", "fp16-middle"],
+)
 def test_half_precision_is_as_good_as_eager(
     shape: tuple[int, ...], dtype: torch.dtype, clone: str, trunk: bool
 ):
@@ -350,7 +353,7 @@ def test_half_precision_is_as_good_as_eager(
 
 
 @pytest.mark.parametrize("clone", CLONES)
-@pytest.mark.parametrize("shape", [(1, 17, 1024), (1, 512, 3, 3)], ids=["tokens", "planes"])
+@pytest.mark.parametrize("shape", [(1, 5, 1024), (1, 512, 2, 2)], ids=["tokens", "planes"])
 def test_large_halves_stay_finite(shape: tuple[int, ...], clone: str):
     given = case(*shape, dtype=torch.float16, scale=300, clone=clone)
 
@@ -361,7 +364,7 @@ def test_large_halves_stay_finite(shape: tuple[int, ...], clone: str):
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("power", [1.0, 2.0])
 @pytest.mark.parametrize("clone", CLONES)
 @pytest.mark.parametrize("shape", [(3, 9, 40), (3, 40, 3, 3)], ids=["tokens", "planes"])
 def test_zero_maps_are_finite_and_match_float64(shape: tuple[int, ...], clone: str, power: float):
@@ -389,7 +392,7 @@ def test_small_maps_have_the_epsilon_of_the_oracle(shape: tuple[int, ...], clone
 
 
 @pytest.mark.parametrize("clone", CLONES)
-@pytest.mark.parametrize("shape", [(2, 21, 48), (2, 24, 5, 5)], ids=["tokens", "planes"])
+@pytest.mark.parametrize("shape", [(2, 9, 48), (2, 24, 5, 5)], ids=["tokens", "planes"])
 def test_identical_student_and_teacher_have_no_loss(shape: tuple[int, ...], clone: str):
     given = case(*shape, clone=clone)
     apart, (pulled,) = computed(given)
