@@ -112,7 +112,7 @@ def plan_backward(
 ) -> Plan:
     """Launch of the backward pass of one layer."""
     shape = _shape([student], [teacher], itemsize, most_warps=4)
-    unused = ("STRIDED", "UNROLL", "GROUPS")
+    unused = ("STRIDED", "OFFSETS", "UNROLL", "GROUPS")
     constants = {name: value for name, value in shape.constants.items() if name not in unused}
     for name in ("IMAGE_STRIDE", "ROW_STRIDE", "TEACHER_IMAGE_STRIDE", "TEACHER_ROW_STRIDE"):
         (constants[name],) = constants.pop(f"{name}S")

@@ -198,7 +198,6 @@ def tokens_bwd_kernel(
     ROW_STRIDE: tl.constexpr,
     TEACHER_IMAGE_STRIDE: tl.constexpr,
     TEACHER_ROW_STRIDE: tl.constexpr,
-    OFFSETS: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     POWER: tl.constexpr,
@@ -222,12 +221,10 @@ def tokens_bwd_kernel(
         coefficients_ptr + image * N, plane, offs_n, mask_n, grad, clone_grad,
         POWER, CLONE, ATTENTION, PLANES,
     )  # fmt: skip
-    student_ptr += image * IMAGE_STRIDE
-    teacher_ptr += image * TEACHER_IMAGE_STRIDE
-    trunk_ptr += image * IMAGE_STRIDE
-    out_ptr += image * IMAGE_STRIDE
-    own = offs_n.to(OFFSETS)[:, None] * ROW_STRIDE
-    others = offs_n.to(OFFSETS)[:, None] * TEACHER_ROW_STRIDE
+    # Three of four tensors share offsets: they take fewer registers than pointers to the image.
+    rows = offs_n.to(tl.int64)[:, None]
+    own = image * IMAGE_STRIDE + rows * ROW_STRIDE
+    others = image * TEACHER_IMAGE_STRIDE + rows * TEACHER_ROW_STRIDE
     for start in range(0, channels, BLOCK_C):
         columns = (start + offs_c)[None, :]
         mask = token_mask(mask_n, columns, C, BLOCK_C)

@@ -7,6 +7,9 @@ The joint counts of D x D pairs with K bins are one product of one-hot codes [D 
 # Code inside triton.jit is Triton's: its loops, constants and operators are not Python's.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
+# Checked by jaxtyping, a function is wrapped, and the interpreter loses its globals.
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -22,6 +25,7 @@ _NUMBERS = ("images", "x_stride", "y_stride", "first", "second", "x_blocks", "y_
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
+@no_type_check
 def cross_counts_kernel(
     x_ptr,
     y_ptr,
@@ -58,6 +62,7 @@ def cross_counts_kernel(
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
+@no_type_check
 def cross_information_kernel(
     x_ptr,
     y_ptr,
@@ -95,6 +100,7 @@ def cross_information_kernel(
 
 
 @triton.jit
+@no_type_check
 def _block(x_blocks, y_blocks, DIRECTIONS: tl.constexpr):
     """Which roll, and the first x and y direction, this program counts."""
     block = tl.program_id(0) % (x_blocks * y_blocks)
@@ -103,6 +109,7 @@ def _block(x_blocks, y_blocks, DIRECTIONS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _count(
     x_ptr,
     y_ptr,
@@ -140,6 +147,7 @@ def _count(
 
 
 @triton.jit
+@no_type_check
 def _four_codes(row_ptr, image, roll, images):
     """Codes of four images in the bytes of a word; byte loads, as rolled rows are not aligned."""
     low = _code(row_ptr, image, roll, images)
@@ -151,6 +159,7 @@ def _four_codes(row_ptr, image, roll, images):
 
 
 @triton.jit
+@no_type_check
 def _code(row_ptr, image, roll, images):
     mask = image < images
     code = tl.load(row_ptr + partner_of(image, roll, images, False), mask=mask, other=MISSING)
@@ -158,6 +167,7 @@ def _code(row_ptr, image, roll, images):
 
 
 @triton.jit
+@no_type_check
 def _one_hot(
     words, BINS: tl.constexpr, WIDTH: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -34,7 +34,8 @@ def edge_codes(
     directions, images = values.shape
     codes = torch.empty(directions, images, dtype=torch.uint8, device=values.device)
     if codes.numel():
-        plan = plan_edges(edges.shape[1] - 1, values.dtype)
+        aligned = _all_aligned(images, values.stride(0))
+        plan = plan_edges(edges.shape[1] - 1, values.dtype, aligned=aligned)
         blocks = triton.cdiv(images, plan.constants["BLOCK"])
         plan.kernel[(directions * blocks,)](
             values,

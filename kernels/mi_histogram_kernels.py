@@ -11,6 +11,9 @@ where bins have equal mass and no image is missing: float32 loses less than it w
 # Code inside triton.jit is Triton's: its loops, constants and operators are not Python's.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
+# Checked by jaxtyping, a function is wrapped, and the interpreter loses its globals.
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -18,6 +21,7 @@ MISSING = tl.constexpr(255)  # reference.MISSING: code of a value that has no bi
 
 
 @triton.jit(do_not_specialize=["blocks"])
+@no_type_check
 def edge_codes_kernel(
     values_ptr,
     edges_ptr,
@@ -49,6 +53,7 @@ def edge_codes_kernel(
 
 
 @triton.jit(do_not_specialize=["pairs", "second"])
+@no_type_check
 def pair_counts_kernel(
     x_ptr,
     y_ptr,
@@ -95,6 +100,7 @@ def pair_counts_kernel(
 
 
 @triton.jit(do_not_specialize=["pairs", "second"])
+@no_type_check
 def pair_information_kernel(
     x_ptr,
     y_ptr,
@@ -134,6 +140,7 @@ def pair_information_kernel(
 
 
 @triton.jit
+@no_type_check
 def _count(
     x_ptr,
     y_ptr,
@@ -173,6 +180,7 @@ def _count(
 
 
 @triton.jit
+@no_type_check
 def _pair_rows(x_ptr, y_ptr, pair, x_stride, y_stride, second, CROSS: tl.constexpr):
     """First codes of a pair: of matched rows, or of any first row with any second one."""
     if CROSS:
@@ -185,6 +193,7 @@ def _pair_rows(x_ptr, y_ptr, pair, x_stride, y_stride, second, CROSS: tl.constex
 
 
 @triton.jit
+@no_type_check
 def roll_of(rolls, which, ROLLS: tl.constexpr):
     """Roll number ``which``; ``packed_rolls`` put two bits below it."""
     roll = rolls[0]
@@ -194,6 +203,7 @@ def roll_of(rolls, which, ROLLS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def partner_of(image, roll, images, ALIGNED: tl.constexpr):
     """Image whose y code a rolled pairing gives to this one: image - roll, around the end."""
     partner = image - roll
@@ -204,6 +214,7 @@ def partner_of(image, roll, images, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def deviation(counts, bins, images):
     """f(c, bins) of the top of this file; 0 for an empty bin.
 
@@ -226,6 +237,7 @@ def deviation(counts, bins, images):
 
 
 @triton.jit
+@no_type_check
 def information_of(nats, counted, images):
     """Information from f of all cells, less f of all rows and columns; never negative."""
     nats += deviation(counted, 1, images)

@@ -28,6 +28,7 @@ _CASE_ROLLS = 20  # shuffled pairings
 _CASE_GROUPS = 20  # jackknife groups
 _ALIGNED = "16 codes a lane, but on AMD 8, as its histogram takes registers for each"
 _ROLLED = "a rolled row is not aligned: its codes are read byte by byte"
+_RAGGED = "rows of any number of images are not aligned"
 _GROUPED = "8 bytes of group an image are most of what is read; they take the registers"
 _PRODUCT = "codes are read byte by byte, each once for a block of directions: rolled or not"
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -52,12 +53,16 @@ class Plan:
     note: str = ""
 
 
-def plan_edges(bins: int, dtype: torch.dtype) -> Plan:
-    """Launch that bins values of ``dtype``."""
-    wide = tl.float64 if dtype == torch.float64 else tl.float32
-    steps = (bins - 1).bit_length()
-    constants = {"BINS": bins, "STEPS": steps, "WIDE": wide, "BLOCK": 4096}
-    return Plan(kernel=edge_codes_kernel, constants=constants, num_warps=4)
+def plan_edges(bins: int, dtype: torch.dtype, *, aligned: bool) -> Plan:
+    """Launch that bins values of ``dtype``; aligned: the images are a multiple of 16."""
+    constants = {
+        "BINS": bins,
+        "STEPS": (bins - 1).bit_length(),
+        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "BLOCK": 4096 if aligned else 1024,
+    }
+    note = "" if aligned else _RAGGED
+    return Plan(kernel=edge_codes_kernel, constants=constants, num_warps=4, note=note)
 
 
 def plan_counts(
@@ -135,7 +140,10 @@ def _pair_plan(kernel: Any, constants: dict[str, Any], *, block: int, note: str 
 def _edge_cases() -> Iterator[AotCase]:
     for dtype, name in _FLOATS.items():
         types = {"values_ptr": f"*{name}", "edges_ptr": f"*{name}"}
-        yield _case(f"edge codes {name}", plan_edges(16, dtype), types)
+        for aligned in (True, False):
+            way = "" if aligned else " ragged"
+            plan = plan_edges(16, dtype, aligned=aligned)
+            yield _case(f"edge codes {name}{way}", plan, types, aligned=aligned)
 
 
 def _product_cases() -> Iterator[AotCase]:
@@ -157,10 +165,18 @@ def _pair_cases() -> Iterator[AotCase]:
                 yield _case(f"counts {name}", plan)
         plan = plan_counts(bins, _CASE_GROUPS, 1, grouped=True, crossed=False, aligned=True)
         yield _case(f"counts matched K{bins} by group", plan, {"group_ptr": "*i64"})
+        plan = plan_information(bins, _CASE_ROLLS, crossed=False, aligned=False)
+        yield _case(f"information matched K{bins} ragged", plan, aligned=False)
 
 
-def _case(name: str, plan: Plan, types: Mapping[str, str] = MappingProxyType({})) -> AotCase:
-    """Images a multiple of 16, in rows that lie together."""
+def _case(
+    name: str,
+    plan: Plan,
+    types: Mapping[str, str] = MappingProxyType({}),
+    *,
+    aligned: bool = True,
+) -> AotCase:
+    """Aligned: images a multiple of 16, in rows that lie together."""
     known = {
         **dict.fromkeys(("x_ptr", "y_ptr", "group_ptr", "codes_ptr"), "*u8"),
         **dict.fromkeys((*_MULTIPLES, *_PLAIN), "i32"),
@@ -170,8 +186,8 @@ def _case(name: str, plan: Plan, types: Mapping[str, str] = MappingProxyType({})
         **types,
     }
     names = plan.kernel.arg_names
-    # The product's launcher specializes no number.
-    numbers = () if "DIRECTIONS" in plan.constants else _MULTIPLES
+    # The kernels of the product specialize no number.
+    numbers = _MULTIPLES if aligned and "DIRECTIONS" not in plan.constants else ()
     divisible = (name for name in names if name.endswith("_ptr") or name in numbers)
     return AotCase(
         name=f"mi {name}",
