@@ -36,7 +36,7 @@ SIDE_TYPES = {
     "coefficients_ptr": "*fp32",
     "grads_ptr": "*fp32",
     **dict.fromkeys(("weight_row", "weight_column", "weight_stride"), "i32"),
-    **dict.fromkeys(("grad_row", "grad_image", "channels", "steps", "tiles"), "i32"),
+    **dict.fromkeys(("grad_row", "grad_image", "channels", "steps"), "i32"),
 }
 
 

@@ -175,7 +175,7 @@ def backward(
         trunk=trunk is not None,
     )
     sides = (coefficients.contiguous(), weights, grad_losses)
-    strides = (*weights.stride(), *grad_losses.stride(), plan.end)
+    strides = (*weights.stride(), *grad_losses.stride())
     _launch(plan, images, out, own, target, gradients[0], gradients[-1], *sides, *strides)
 
 

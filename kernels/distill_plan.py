@@ -39,7 +39,7 @@ class Plan:
         blocks: Programs of an image: the axes of the grid after that of images.
         constants: Values of the constexpr arguments.
         num_warps: Warps a program.
-        end: Where the loop of a program ends, an argument of the kernel.
+        end: Where the loop of a program ends, an argument of the kernel; 0: it takes none.
         note: Why not all data moves 16 bytes at a time, or empty.
     """
 
@@ -117,17 +117,17 @@ def plan_backward(
     for name in ("IMAGE_STRIDE", "ROW_STRIDE", "TEACHER_IMAGE_STRIDE", "TEACHER_ROW_STRIDE"):
         (constants[name],) = constants.pop(f"{name}S")
     constants |= _loss(power=power, clone=clone, attention=attention) | {"TRUNK": trunk}
-    blocks, end = (shape.blocks,), student.channels
+    blocks = (shape.blocks,)
     if student.kind == "planes":
         tiles = triton.cdiv(student.channels, constants["V"] * constants["BLOCK_R"])
-        end = min(2, tiles)
-        blocks = (triton.cdiv(tiles, end), shape.blocks)
+        constants["TILES"] = min(2, tiles, _tiles(power))
+        blocks = (triton.cdiv(tiles, constants["TILES"]), shape.blocks)
     return Plan(
         kernel=tokens_bwd_kernel if student.kind == "tokens" else planes_bwd_kernel,
         blocks=blocks,
         constants=constants,
         num_warps=shape.num_warps,
-        end=end,
+        end=0,
         note=shape.note,
     )
 

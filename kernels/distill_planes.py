@@ -211,7 +211,6 @@ def planes_bwd_kernel(
     weight_stride,
     grad_row,  # strides of the gradients of the losses
     grad_image,
-    tiles,  # of a program
     IMAGE_STRIDE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     TEACHER_IMAGE_STRIDE: tl.constexpr,
@@ -226,8 +225,9 @@ def planes_bwd_kernel(
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """Writes the trunk's gradient plus the losses', ``tiles`` tiles a program."""
+    """Writes the trunk's gradient plus the losses', TILES tiles a program."""
     image = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64) * HW
     first = tl.program_id(2) * BLOCK_P
@@ -244,9 +244,9 @@ def planes_bwd_kernel(
     alpha = spread(alpha, slots, HW, V)
     beta = spread(beta, slots, HW, V)
     # Three of four tensors share offsets: they take fewer registers than pointers to the image.
-    for tile in range(0, tiles):
-        rows = (tl.program_id(1) * tiles + tile) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        mask = row_mask(rows, slots, HW, C, V, False)
+    for tile in tl.static_range(TILES):
+        rows = (tl.program_id(1) * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        mask = row_mask(rows, slots, HW, C, V, C % (V * BLOCK_R * TILES) == 0)
         wide = rows.to(tl.int64)
         own = image * IMAGE_STRIDE + wide * ROW_STRIDE + slots[None, :]
         s = tl.load(student_ptr + own, mask=mask, other=0.0).to(tl.float32)

@@ -45,8 +45,6 @@ BACKWARD_SIDES = [
     "weight_stride",
     "grad_row",
     "grad_image",
-    "channels",
-    "tiles",
 ]
 
 
@@ -193,7 +191,6 @@ def tokens_bwd_kernel(
     weight_stride,
     grad_row,  # strides of the gradients of the losses
     grad_image,
-    channels,
     IMAGE_STRIDE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     TEACHER_IMAGE_STRIDE: tl.constexpr,
@@ -225,7 +222,7 @@ def tokens_bwd_kernel(
     rows = offs_n.to(tl.int64)[:, None]
     own = image * IMAGE_STRIDE + rows * ROW_STRIDE
     others = image * TEACHER_IMAGE_STRIDE + rows * TEACHER_ROW_STRIDE
-    for start in range(0, channels, BLOCK_C):
+    for start in range(0, C, BLOCK_C):
         columns = (start + offs_c)[None, :]
         mask = token_mask(mask_n, columns, C, BLOCK_C)
         s = tl.load(student_ptr + own + columns, mask=mask, other=0.0).to(tl.float32)
