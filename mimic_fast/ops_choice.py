@@ -55,7 +55,8 @@ def force(path: Path | None, *, op: Op | None = None) -> Iterator[None]:
     """
     if path is not None and path not in PATHS:
         raise ValueError(f"expected one of {', '.join(PATHS)}, got {path!r}")
-    chosen = {} if path is None else dict.fromkeys(OPS if op is None else (op,), path)
+    ops: tuple[Op, ...] = OPS if op is None else (op,)
+    chosen: dict[Op, Path] = {} if path is None else dict.fromkeys(ops, path)
     token = _forced.set({**_forced.get(), **chosen})
     try:
         yield

@@ -16,6 +16,7 @@ from mimic_fast.data.fashion_mnist import (
 from mimic_fast.data.items import CorruptItemError
 from mimic_fast.data.sources import open_source, open_split
 from mimic_fast.errors import MachineError, UsageError
+from mimic_fast.files import user_cache
 
 FETCH = (
     "import pathlib, sys; from mimic_fast.data.fashion_mnist import fetch_fashion_mnist as fetch; "

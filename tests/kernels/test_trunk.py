@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from mimic_fast.kernels.reference import layer_losses, power_map
 from mimic_fast.kernels.trunk import LayerLosses
 from mimic_fast.ops_choice import engine
 
-ENGINES = ["cpp", "triton"]
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # float32 against float32 in another order of sums
+ENGINES: list[ops.Path] = ["cpp", "triton"]
+# float32 against float32 in another order of sums
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -53,14 +55,14 @@ def run(listener, *, images: int = 3) -> tuple[list[Tensor], list[Tensor]]:
     return losses, [g for g in gradients if g is not None]
 
 
-def make(kind: str, targets, terms, weights, *, images: int = 3, live=frozenset()):
+def make(kind: ops.Path, targets, terms, weights, *, images: int = 3, live=frozenset()):
     settings = {"weights": weights, "targets": targets, "terms": terms, "images": images}
     if kind == "reference":
         return ops.LiveLosses(**settings)
     return LayerLosses(engine=engine(kind), live=live, **settings)
 
 
-def case(clone: str, *, attention: bool, images: int = 3):
+def case(clone: ops.Clone, *, attention: bool, images: int = 3):
     teachers = [randn(images, 5, 8, seed=n + 1) for n in range(3)]
     maps = [power_map(teacher, prefix=1) for teacher in teachers]
     targets: list[Target | None] = [
@@ -121,7 +123,7 @@ def test_maps_of_a_network_that_branches(kind, memory_format):
     teacher = randn(2, 4, 6, 6, seed=1).to(memory_format=memory_format)
     weights = torch.tensor([[1.0], [2.0]])
 
-    def gradients(kind: str) -> list[Tensor]:
+    def gradients(kind: ops.Path) -> list[Tensor]:
         listener = make(kind, [Target(teacher=teacher)], [Terms(clone="mse")], weights, images=2)
         convs.zero_grad()
         tapped = listener.tap(0, convs[0](images))
@@ -139,7 +141,7 @@ def test_a_gradient_that_others_hold_is_not_written_to(kind):
     target = Target(power=randn(2, 4).square())
     kept: list[Tensor] = []
 
-    def gradients(kind: str) -> tuple[Tensor, Tensor]:
+    def gradients(kind: ops.Path) -> tuple[Tensor, Tensor]:
         listener = make(kind, [target], [Terms()], weights, images=2)
         start = randn(2, 4, 8).requires_grad_()
         other = randn(2, 4, 8, seed=1).requires_grad_()
@@ -176,7 +178,7 @@ def test_an_activation_that_is_changed_after_the_tap(kind):
     weights = torch.tensor([[1.0], [0.0]])
     target = Target(power=randn(2, 4).square())
 
-    def gradient(kind: str, **settings) -> Tensor:
+    def gradient(kind: ops.Path, **settings) -> Tensor:
         listener = make(kind, [target], [Terms()], weights, images=2, **settings)
         start = randn(2, 4, 8).requires_grad_()
         out = torch.relu_(listener.tap(0, start * 1))
