@@ -134,7 +134,7 @@ def compiled_rows(
                 worker.kill()  # nothing if it has ended
         if any(codes):
             complaints.seek(0)
-            raise RuntimeError(f"compiling ended early: {complaints.read()[-2000:]}")
+            raise RuntimeError(f"ended early, exit codes {codes}: {complaints.read()[-2000:]}")
     return [row for _, row in sorted(found, key=lambda item: item[0])]
 
 
