@@ -91,7 +91,7 @@ def pair_counts_kernel(
     mine = (cell < ROWS * BINS) & (cell < (GROUPS * BINS - first_row) * BINS)
     cell += first_row * BINS
     counts_ptr += ((table // pairs).to(tl.int64) * GROUPS * pairs + table % pairs) * (BINS * BINS)
-    if GROUPED:
+    if GROUPS > 1:
         group = (cell // (BINS * BINS)).to(tl.int64)
         offset = group * pairs * (BINS * BINS) + cell % (BINS * BINS)
     else:
