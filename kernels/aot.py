@@ -93,6 +93,8 @@ def _compiled(cases: Sequence[AotCase], target: str, folder: Path) -> Iterator[R
     errors: dict[str, str] = {}
     for case in cases:
         options = {"num_warps": case.num_warps}
+        if case.most_registers is not None and TARGETS[target].backend == "cuda":
+            options["maxnreg"] = case.most_registers
         try:
             kernel = triton.compile(_source(case, target), TARGETS[target], options)
         except (TritonError, RuntimeError) as error:  # what Triton's stages raise

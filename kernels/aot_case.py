@@ -17,6 +17,7 @@ class AotCase:
         divisible: Arguments divisible by 16, as the launcher would find them: ``("x_ptr",)``, or
             ``("xs", 0)`` inside a tuple.
         num_warps: Warps a program.
+        most_registers: A thread may take on NVIDIA; None: the compiler decides.
         data_pointers: Arguments that point to activations, values or codes rather than to side
             tables; empty: those whose elements have fewer than 32 bits, or all if there are none.
         data: Whether 128-bit data accesses are possible; False with the reason in ``note``.
@@ -30,6 +31,7 @@ class AotCase:
     constants: Mapping[str, Any]
     divisible: tuple[tuple[str | int, ...], ...]
     num_warps: int = 4
+    most_registers: int | None = None
     data_pointers: tuple[str, ...] = ()
     data: bool = True
     narrow_on: tuple[str, ...] = ()

@@ -193,6 +193,7 @@ def _case(name: str, plan: Plan, types: Mapping[str, Any]) -> AotCase:
         constants=plan.constants,
         divisible=tuple(divisible),
         num_warps=plan.num_warps,
+        most_registers=plan.most_registers,
         data_pointers=tuple(types),
         data=not plan.note,
         note=plan.note,

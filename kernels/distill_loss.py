@@ -200,5 +200,8 @@ def _counted(
 
 def _launch(plan: Plan, images: int, tensor: Tensor, *arguments: Any) -> None:
     # Triton launches on the current device, which need not be that of the tensors.
+    options: dict[str, Any] = {"num_warps": plan.num_warps}
+    if plan.most_registers is not None and torch.version.hip is None:  # AMD's has no such option
+        options["maxnreg"] = plan.most_registers
     with torch.cuda.device_of(tensor):
-        plan.kernel[images, *plan.blocks](*arguments, **plan.constants, num_warps=plan.num_warps)
+        plan.kernel[images, *plan.blocks](*arguments, **plan.constants, **options)

@@ -1,10 +1,8 @@
 """The augmented views as batched tensor code: random resized crop, flip, color jitter, gray.
 
-Distributions are torchvision's (RandomResizedCrop with antialiased bilinear resizing, ColorJitter
-with a random order per image); the random numbers come from ``counter.py``.
+The reference of every faster way. What is random is drawn in ``view_parameters.py``; results equal
+torchvision's functions fed with the same numbers (antialiased bilinear resizing).
 """
-
-import math
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -12,10 +10,7 @@ from torch import Tensor
 
 from mimic_fast.config import DataSettings
 from mimic_fast.data.color import jitter, to_gray
-from mimic_fast.data.counter import uniforms
-
-_TRIES = 10  # crops drawn before falling back to the central one, as in torchvision
-_NUMBERS = 4 * _TRIES + 12
+from mimic_fast.data.view_parameters import ViewParameters, draw_view
 
 
 def augmented_view(
@@ -25,7 +20,7 @@ def augmented_view(
     settings: DataSettings,
     image_size: int,
     seed: int,
-    epoch: int,
+    epoch: int | Int[Tensor, " batch"],
     view: int,
 ) -> Float[Tensor, "batch channel height width"]:
     """One augmented view of each image, in [0, 1].
@@ -36,22 +31,30 @@ def augmented_view(
         settings: Strengths and probabilities.
         image_size: Height and width of the result, pixels.
         seed: Seed of the run.
-        epoch: Pass over the data.
+        epoch: Pass over the data, of all items or of each.
         view: 1 or 2.
     """
-    u = uniforms(ids, _NUMBERS, seed=seed, epoch=epoch, stream=view)
-    box = _crop_boxes(u[:, : 4 * _TRIES], images.shape[-1], settings)
-    u = u[:, 4 * _TRIES :]
-    result = _resized_crops(images, box, image_size, u[:, 0] < settings.flip)
-    result = jitter(
-        result,
-        strength=settings.jitter,
-        chosen=u[:, 1] < settings.jitter_probability,
-        numbers=u[:, 2:6],
-        order=u[:, 6:10].argsort(dim=1),
+    drawn = draw_view(
+        ids, side=images.shape[-1], settings=settings, seed=seed, epoch=epoch, view=view
     )
-    if images.shape[1] == 3 and settings.grayscale > 0:
-        gray = (u[:, 10] < settings.grayscale)[:, None, None, None]
+    return apply_view(images, drawn, image_size=image_size)
+
+
+def apply_view(
+    images: UInt8[Tensor, "batch channel side side"], drawn: ViewParameters, *, image_size: int
+) -> Float[Tensor, "batch channel height width"]:
+    """The views that were drawn, in [0, 1]."""
+    crops = _resized_crops(images, drawn.box, image_size, drawn.flip)
+    return apply_colors(crops, drawn)
+
+
+def apply_colors(
+    crops: Float[Tensor, "batch channel height width"], drawn: ViewParameters
+) -> Float[Tensor, "batch channel height width"]:
+    """The color changes that were drawn, on crops in [0, 1]; the input stays as it is."""
+    result = jitter(crops, amounts=drawn.amounts, chosen=drawn.jittered, order=drawn.order)
+    if crops.shape[1] == 3:
+        gray = drawn.gray[:, None, None, None]
         result = torch.where(gray, to_gray(result).expand_as(result), result)
     return result
 
@@ -65,30 +68,6 @@ def plain_view(
         raise ValueError(f"images of {images.shape[-1]} pixels are smaller than {image_size}")
     cut = slice(margin, margin + image_size)
     return images[..., cut, cut].float() / 255
-
-
-def _crop_boxes(u: Tensor, side: int, settings: DataSettings) -> Tensor:
-    """Top, left, height, width of each crop, pixels: ``[B, 4]`` float."""
-    area, shape, up, left = u.view(-1, 4, _TRIES).unbind(1)
-    low, high = settings.crop_scale
-    target = side * side * (low + area * (high - low))
-    log_low, log_high = (math.log(ratio) for ratio in settings.crop_ratio)
-    ratio = torch.exp(log_low + shape * (log_high - log_low))
-    width, height = (target * ratio).sqrt().round(), (target / ratio).sqrt().round()
-    fits = (width > 0) & (width <= side) & (height > 0) & (height <= side)
-    first = fits.to(torch.int8).argmax(dim=1, keepdim=True)
-    height, width, up, left = (t.gather(1, first)[:, 0] for t in (height, width, up, left))
-    top = (up * (side - height + 1)).floor()
-    start = (left * (side - width + 1)).floor()
-    box = torch.stack([top, start, height, width], dim=1)
-    return torch.where(fits.any(dim=1, keepdim=True), box, _central_box(side, settings).to(box))
-
-
-def _central_box(side: int, settings: DataSettings) -> Tensor:
-    low, high = settings.crop_ratio  # of width to height
-    width = round(side * min(1.0, high))
-    height = round(side / max(1.0, low))
-    return torch.tensor([(side - height) // 2, (side - width) // 2, height, width])
 
 
 def _resized_crops(images: Tensor, box: Tensor, size: int, flip: Tensor) -> Tensor:

@@ -12,29 +12,26 @@ _GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as in torchvision
 def jitter(
     images: Float[Tensor, "batch channel height width"],
     *,
-    strength: tuple[float, float, float, float],
+    amounts: Float[Tensor, "batch 4"],
     chosen: Bool[Tensor, " batch"],
-    numbers: Float[Tensor, "batch 4"],
     order: Int[Tensor, "batch 4"],
 ) -> Float[Tensor, "batch channel height width"]:
     """Brightness, contrast, saturation and hue of the chosen images; gray images get the first two.
 
     Args:
         images: In [0, 1].
-        strength: Largest change of brightness, contrast, saturation (factors 1 - s .. 1 + s) and
-            hue (turns, -s .. s).
+        amounts: Changes of brightness, contrast and saturation (factors minus 1) and of hue
+            (turns); 0 changes nothing, to the last bit.
         chosen: Which images are changed.
-        numbers: Uniform in [0, 1), one per change.
         order: Per image, the order in which the four changes are made.
     """
     changes: list[Callable[[Tensor, Tensor], Tensor]] = [_brightness, _contrast, _saturation, _hue]
-    used = [i for i in range(4 if images.shape[1] == 3 else 2) if strength[i] > 0]
-    scale = numbers.new_tensor(strength)
-    amounts = (2 * numbers - 1) * scale
+    used = range(4 if images.shape[1] == 3 else 2)
     result = images
     for place in range(4):
         for index in used:
-            rows = (chosen & (order[:, place] == index)).nonzero()[:, 0]
+            here = chosen & (order[:, place] == index) & (amounts[:, index] != 0)
+            rows = here.nonzero()[:, 0]
             changed = changes[index](result[rows], amounts[rows, index, None, None, None])
             result = result.index_copy(0, rows, changed)
     return result

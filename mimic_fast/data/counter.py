@@ -15,7 +15,12 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def uniforms(
-    ids: Int[Tensor, " item"], count: int, *, seed: int, epoch: int, stream: int
+    ids: Int[Tensor, " item"],
+    count: int,
+    *,
+    seed: int,
+    epoch: int | Int[Tensor, " item"],
+    stream: int,
 ) -> Float[Tensor, "item count"]:
     """Uniform numbers in [0, 1), float32 with 24 random bits.
 
@@ -23,12 +28,12 @@ def uniforms(
         ids: Item ids.
         count: Numbers per item.
         seed: Seed of the run.
-        epoch: Pass over the data.
+        epoch: Pass over the data, of all items or of each.
         stream: Separates the uses within one epoch (first view, second view, hardening, ...).
     """
     key = torch.tensor(_GOLDEN, device=ids.device)
     for part in (seed, epoch, stream):
-        key = _mixed(key + torch.tensor(part, device=ids.device) * _GOLDEN)
+        key = _mixed(key + torch.as_tensor(part, device=ids.device).long() * _GOLDEN)
     items = _mixed(key + ids.long() * _GOLDEN)
     counters = torch.arange(1, count + 1, device=ids.device) * _GOLDEN
     bits = _mixed(items[:, None] + counters)

@@ -8,9 +8,10 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from mimic_fast.config import DataSettings
-from mimic_fast.data.augment import _crop_boxes, augmented_view, plain_view
+from mimic_fast.data.augment import augmented_view, plain_view
 from mimic_fast.data.color import jitter, to_gray
 from mimic_fast.data.counter import uniforms
+from mimic_fast.data.view_parameters import crop_boxes
 
 TRIES = 10  # of torchvision's RandomResizedCrop
 STILL: dict[str, Any] = {"flip": 0.0, "jitter_probability": 0.0, "grayscale": 0.0}
@@ -103,17 +104,17 @@ def test_each_color_change_equals_torchvision(index, strength, share):
     pool[0] = 0.0
     pool[1] = 1.0
     pool[2] = 0.25  # gray: hue and saturation have nothing to hold on to
-    strengths = (0.0,) * index + (strength,) + (0.0,) * (3 - index)
+    amount = share * strength
+    amounts = torch.zeros(6, 4)
+    amounts[:, index] = amount
 
     found = jitter(
         pool,
-        strength=strengths,
+        amounts=amounts,
         chosen=torch.ones(6, dtype=torch.bool),
-        numbers=torch.full((6, 4), (1 + share) / 2),
         order=torch.arange(4).expand(6, 4),
     )
 
-    amount = share * strength
     expected = CHANGES[index](pool, amount if index == 3 else 1 + amount)
     torch.testing.assert_close(found, expected, **CLOSE)
 
@@ -124,9 +125,8 @@ def test_color_changes_of_different_order_differ():
     def jittered(order: list[int]) -> Tensor:
         return jitter(
             pool,
-            strength=(0.4, 0.4, 0.4, 0.1),
+            amounts=torch.tensor([[0.32, -0.32, 0.24, -0.06]]),
             chosen=torch.tensor([True]),
-            numbers=torch.tensor([[0.9, 0.1, 0.8, 0.2]]),
             order=torch.tensor([order]),
         )
 
@@ -160,7 +160,7 @@ def test_crop_boxes_are_distributed_as_torchvisions(scale, ratio):
     torch.manual_seed(0)
     image = torch.empty(1, side, side)
 
-    found = _crop_boxes(u, side, settings)
+    found = crop_boxes(u, side, settings)
 
     boxes = [RandomResizedCrop.get_params(image, [*scale], [*ratio]) for _ in range(draws)]
     expected = torch.tensor(boxes).double()
@@ -185,7 +185,7 @@ def test_fallback_is_torchvisions_central_crop(ratio, side):
     # Every try asks for the full area at a ratio other than 1, which cannot fit.
     u = torch.full((3, 4 * TRIES), 0.25)
 
-    boxes = _crop_boxes(u, side, settings)
+    boxes = crop_boxes(u, side, settings)
 
     assert boxes.tolist() == [list(fallback_box(side, ratio))] * 3
 
@@ -193,7 +193,7 @@ def test_fallback_is_torchvisions_central_crop(ratio, side):
 def test_boxes_lie_in_the_image_and_reach_its_edges():
     u = uniforms(torch.arange(20_000), 4 * TRIES, seed=1, epoch=0, stream=1)
 
-    top, left, height, width = _crop_boxes(u, 32, DataSettings()).unbind(1)
+    top, left, height, width = crop_boxes(u, 32, DataSettings()).unbind(1)
 
     assert (top.min(), left.min()) == (0, 0)
     assert ((top + height).max(), (left + width).max()) == (32, 32)
