@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mimic_fast import training
 from mimic_fast.config import DataSettings, EncoderSpec, JsonScalar, Settings
+from mimic_fast.data.augment import augmented_view
 from mimic_fast.data.clean_set import draw_clean_set, load_clean_images
-from mimic_fast.data.loader import Batch, batch_ids, epoch_order, make_batch
+from mimic_fast.data.loader import Batch, Loader, TrainingImages
 from mimic_fast.data.sources import open_source
 from mimic_fast.distributed import SINGLE, start
 from mimic_fast.encoders.build import Encoder, build_encoder
@@ -112,14 +113,13 @@ def mimic_fast_steps(setup: Setup, student: Student, settings: Settings) -> Iter
         student=student,
         teacher=setup.teacher_taps(),
         layer_weights=setup.layer_weights,
-        pool=setup.pool,
+        images=TrainingImages(squares=setup.pool),
     )
     loop = training._Loop(task, settings, accelerator, processes)
-    for epoch in range(setup.epochs):
-        order = epoch_order(len(setup.pool), seed=settings.seed, epoch=epoch)
-        for index in range(loop.per_epoch):
-            ids = batch_ids(order, batch_size=setup.batch_size, step=index, processes=processes)
-            loop.step(epoch * loop.per_epoch + index, ids, epoch=epoch, stop=False)
+    loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
+    with loader.batches(0, loop.total_steps) as batches:
+        for step, batch in enumerate(batches):
+            loop.step(step, batch, stop=False)
             loop.flush()
             yield loop.last_row["loss"]
 
@@ -158,15 +158,21 @@ def check_same_losses(setup: Setup) -> None:
     """
     settings = setup.settings("official")
     ids = torch.arange(min(8, len(setup.pool)))
-    batch = make_batch(
-        setup.pool,
-        ids,
-        settings=settings.data,
-        image_size=setup.teacher.spec.image_size,
-        seed=setup.seed,
-        epoch=0,
-        second=True,
+    images = setup.pool[ids]
+    size = setup.teacher.spec.image_size
+    first, other = (
+        augmented_view(
+            images,
+            ids,
+            settings=settings.data,
+            image_size=size,
+            seed=setup.seed,
+            epoch=0,
+            view=view,
+        )
+        for view in (1, 2)
     )
+    batch = Batch(v1=first, v2=other, ids=ids)
     for training_mode, second in ((False, batch.v2), (True, batch.v1)):
         views = Batch(v1=batch.v1, v2=second, ids=ids)
         ours, theirs = both_losses(setup, views, training_mode=training_mode)

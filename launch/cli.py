@@ -17,6 +17,7 @@ from mimic_fast.launch.commands import attack, bench, config
 from mimic_fast.launch.commands.aot import aot
 from mimic_fast.launch.commands.demo import demo
 from mimic_fast.launch.commands.evaluate import evaluate
+from mimic_fast.launch.commands.frames import frames
 from mimic_fast.launch.commands.inspect import inspect
 from mimic_fast.launch.commands.locate import locate
 from mimic_fast.launch.commands.pretrain import pretrain
@@ -36,7 +37,7 @@ app = typer.Typer(
 for command in (demo, purify, locate, evaluate):
     app.command()(command)
 app.add_typer(attack.app, name="attack")
-for command in (pretrain, inspect, aot):
+for command in (pretrain, inspect, frames, aot):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")

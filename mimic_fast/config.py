@@ -73,7 +73,13 @@ class DataSettings(Frozen):
     """The clean images and the two augmented views."""
 
     source: str | None = Field(
-        default=None, description="image folder, tar shards (path or glob) or 'fashion-mnist:train'"
+        default=None,
+        description="image folder, tar shards (path or glob), video, Hugging Face data set on disk, "
+        "or 'fashion-mnist:train'",
+    )
+    clean_set: Path | None = Field(
+        default=None,
+        description="clean_set.json of an earlier run: the same images in the same order, no draw",
     )
     clean_fraction: float = Field(
         default=0.04, gt=0, le=1, description="share of the source to draw; unused with clean_count"
@@ -94,6 +100,35 @@ class DataSettings(Frozen):
         ge=0,
         lt=1,
         description="share of the clean set kept for agreement, never trained on",
+    )
+    max_item_mb: float = Field(default=256.0, gt=0, description="stored size allowed for one item")
+    max_megapixels: float = Field(
+        default=64.0, gt=0, le=178, description="pixels allowed in one image; more is a decompression bomb"
+    )
+    backend: Literal["auto", "torch", "dali"] = Field(
+        default="auto", description="what makes the views; auto says which it took and why"
+    )
+    decode: Literal["auto", "once", "every_time"] = Field(
+        default="auto",
+        description="crop from squares decoded once, or from the stored files in every pass; "
+        "auto: once with torch, every_time with dali",
+    )
+    cache: Literal["auto", "memory", "disk"] = Field(
+        default="auto",
+        description="where decoded squares are kept; disk: one mapped file for all processes of a "
+        "machine; auto: memory for one process and up to 2 GiB",
+    )
+    cache_dir: Path | None = Field(
+        default=None, description="folder of decoded squares (disk); None: the user's cache"
+    )
+    workers: int = Field(default=2, ge=1, description="threads that decode (every_time)")
+    prefetch: int = Field(
+        default=2, ge=0, description="batches made ahead of the step; 0: none, in the step's thread"
+    )
+    view_pool: int = Field(
+        default=0,
+        ge=0,
+        description="distinct views of an image, taken in turn by later passes; 0: fresh ones",
     )
     crop_scale: tuple[float, float] = Field(
         default=(0.2, 1.0), description="area share of random resized crops"
@@ -116,6 +151,8 @@ class DataSettings(Frozen):
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio must satisfy 0 < low <= high, got {self.crop_ratio}")
+        if self.backend == "dali" and self.decode == "once":
+            raise ValueError("backend 'dali' decodes every_time; use backend 'torch' for once")
         if min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
             raise ValueError(f"jitter must lie in [0, 1] (hue [0, 0.5]), got {self.jitter}")
         return self
@@ -123,6 +160,7 @@ class DataSettings(Frozen):
 
 # What only a draw of clean images reads.
 CLEAN_SET_FIELDS = (
+    "clean_set",
     "clean_fraction",
     "clean_count",
     "pretraining_size",

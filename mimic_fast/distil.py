@@ -16,10 +16,11 @@ from torch import Tensor
 from mimic_fast import ops
 from mimic_fast.batchnorm import synchronize_batchnorm
 from mimic_fast.checkpoint import newest_meta, refuse_other_run
-from mimic_fast.config import EvaluationSettings, RunSettings, Settings
+from mimic_fast.config import DataSettings, EvaluationSettings, RunSettings, Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.clean_set import CleanSet, clean_images, write_clean_set
-from mimic_fast.data.loader import steps_per_epoch
+from mimic_fast.data.loader import TrainingImages, choose_backend
+from mimic_fast.data.order import check_batch
 from mimic_fast.distributed import Processes, start, wait_for_all
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.export import export_encoder
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _NO_EVALUATION = EvaluationSettings()
+_DATA = DataSettings()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +171,7 @@ class _Setup:
     student_taps: TappedEncoder
     clean_set: CleanSet
     pool: Tensor
+    training: TrainingImages
     without_attention: tuple[str, ...]
     identity: dict[str, Any]
 
@@ -179,11 +182,18 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     teacher = load_encoder(settings.encoder.teacher, settings.encoder)
     report_assumed(teacher, report)
     spec = teacher.encoder.spec
-    clean_set, pool = clean_images(settings.data, spec, seed=settings.seed, report=report)
+    images = clean_images(
+        settings.data, spec, seed=settings.seed, world=processes.world, report=report
+    )
+    clean_set, pool = images.clean_set, images.squares
     identity = _identity(settings, teacher, clean_set)
     _check_state(settings.run, identity)
-    images = len(pool) - clean_set.hold_out
-    steps_per_epoch(images, batch_size=settings.optim.batch_size, processes=processes)
+    training = TrainingImages(squares=pool[: len(pool) - clean_set.hold_out], files=images.files)
+    check_batch(len(training), batch_size=settings.optim.batch_size, processes=processes)
+    backend, reason = choose_backend(
+        training, settings=settings, image_size=spec.image_size, device=processes.device
+    )
+    report(Event(phase="data", message=f"views by {backend.name}: {reason}"))
     taps = settings.encoder.taps or default_taps(teacher.encoder)
     teacher.encoder.requires_grad_(False)
     teacher_taps = TappedEncoder(teacher.encoder, taps).to(processes.device).eval()
@@ -199,6 +209,7 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
         student_taps=student_taps,
         clean_set=clean_set,
         pool=pool,
+        training=training,
         without_attention=attention_free_taps(teacher_taps),
         identity=identity,
     )
@@ -228,7 +239,7 @@ def _distil(
         student=student.to(processes.device),
         teacher=setup.teacher_taps,
         layer_weights=weights,
-        pool=setup.pool[: len(setup.pool) - setup.clean_set.hold_out],
+        images=setup.training,
         fingerprint={**setup.identity, "layer_weights": list(weights)},
         out=settings.run.out,
     )
@@ -281,7 +292,15 @@ def _identity(settings: Settings, teacher: LoadedEncoder, clean_set: CleanSet) -
     The specification stands beside the teacher's digest: part of it may come from a card.
     """
     run = RunSettings(max_steps=settings.run.max_steps)
-    decisive = settings.model_copy(update={"run": run, "evaluation": _NO_EVALUATION})
+    # Where squares lie and how far ahead batches are made changes no pixel.
+    same = {name: getattr(_DATA, name) for name in ("cache", "cache_dir", "workers", "prefetch")}
+    decisive = settings.model_copy(
+        update={
+            "run": run,
+            "evaluation": _NO_EVALUATION,
+            "data": settings.data.model_copy(update=same),
+        }
+    )
     return {
         "kind": "purify",
         "teacher": teacher.sha256,

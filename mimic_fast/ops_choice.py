@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     import ctypes
 
 Path = Literal["reference", "compiled", "triton", "cpp"]
-Op = Literal["distill", "histogram"]
+Op = Literal["distill", "histogram", "views"]
 PATHS: tuple[Path, ...] = get_args(Path)
-OPS: tuple[Op, ...] = get_args(Op)
+OPS: tuple[Op, ...] = ("distill", "histogram")  # that are forced together
+VIEW_PATHS: tuple[Path, ...] = ("reference", "cpp")
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 _forced: ContextVar[dict[Op, Path]] = ContextVar("forced", default={})  # noqa: B039 (never mutated)
@@ -48,7 +49,7 @@ def force(path: Path | None, *, op: Op | None = None) -> Iterator[None]:
 
     Args:
         path: The path; None: as usual.
-        op: Which op; None: all.
+        op: Which op; None: all that have the path.
 
     Raises:
         ValueError: If there is no such path.
@@ -56,6 +57,8 @@ def force(path: Path | None, *, op: Op | None = None) -> Iterator[None]:
     if path is not None and path not in PATHS:
         raise ValueError(f"expected one of {', '.join(PATHS)}, got {path!r}")
     ops: tuple[Op, ...] = OPS if op is None else (op,)
+    if op is None and path in VIEW_PATHS:
+        ops = (*ops, "views")
     chosen: dict[Op, Path] = {} if path is None else dict.fromkeys(ops, path)
     token = _forced.set({**_forced.get(), **chosen})
     try:
@@ -104,6 +107,8 @@ def _choose(op: Op, device: torch.device, dtype: torch.dtype | None, forced: Pat
             raise PathError(f"{forced} was asked for, but {hindrance}")
         return Choice(path=forced, reason="forced")
     path: Path = "triton" if device.type == "cuda" else "cpp"
+    if op == "views" and device.type != "cpu":
+        return Choice(path="reference", reason="views on a GPU are plain torch")
     hindrance = _hindrance(path, op, device, dtype)
     if hindrance is None:
         return Choice(path=path, reason=f"the fastest for {device.type} tensors")
@@ -124,6 +129,8 @@ def cpu_library(name: str) -> "ctypes.CDLL":
 
 def _hindrance(path: Path, op: Op, device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why a path cannot run, with what can be used; None if it can."""
+    if op == "views" and (path not in VIEW_PATHS or device.type != "cpu" and path == "cpp"):
+        return f"views are made by cpp on the CPU, or by reference, not by {path} on {device.type}"
     if path == "triton":
         return _no_triton(op, device, dtype)
     if path == "cpp":
@@ -160,6 +167,7 @@ def _cpp_missing() -> str | None:
     try:
         cpu_library("cpu_loss")
         cpu_library("cpu_histogram")
+        cpu_library("cpu_views")
     except NoCompilerError as error:
         return f"{error}; install a C++ compiler, or use reference"
     return None

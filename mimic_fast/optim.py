@@ -41,7 +41,7 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
 
 
 def learning_rate(
-    step: int, *, total_steps: int, steps_per_epoch: int, settings: OptimSettings
+    step: int, *, total_steps: int, steps_per_epoch: float, settings: OptimSettings
 ) -> float:
     """Learning rate of step ``step`` (from 0): linear warm-up, then constant or cosine to zero."""
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)

@@ -26,7 +26,8 @@ from mimic_fast.config import (
     Settings,
 )
 from mimic_fast.data.images import load_images
-from mimic_fast.data.sources import open_source
+from mimic_fast.data.loader import TrainingImages
+from mimic_fast.data.sources import limits_of, open_source
 from mimic_fast.distributed import start
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.export import STORED, export_encoder
@@ -90,7 +91,9 @@ def pretrain(
     warn_ignored(settings.loss, ("teacher_view",), prefix="loss", user="pre-training")
     if settings.loss.clone or settings.loss.attention_weight:
         warnings.warn("pre-training ignores loss.clone and loss.attention_weight", stacklevel=2)
-    source = open_source(settings.data.source, report=report)
+    source = open_source(
+        settings.data.source, limits=limits_of(settings.data), report=report
+    )
     report(Event(phase="load", message=f"{len(source)} images of {source.name}"))
     pool, _ = load_images(
         source,
@@ -142,7 +145,7 @@ def train_contrastive(
         student=student,
         teacher=None,
         layer_weights=(),
-        pool=pool,
+        images=TrainingImages(squares=pool),
         fingerprint={
             "kind": phase,
             "spec": spec.model_dump(mode="json"),

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from mimic_fast import checkpoint, ops
 from mimic_fast.config import Settings
-from mimic_fast.data.augment import plain_view
-from mimic_fast.data.harden import hardened
-from mimic_fast.data.loader import Batch, batch_ids, epoch_order, make_batch, steps_per_epoch
+from mimic_fast.data.loader import Batch, Loader, TrainingImages
+from mimic_fast.data.order import check_batch, steps_of
 from mimic_fast.distributed import Processes, any_process, broadcast_json, wait_for_all
 from mimic_fast.encoders.taps import TappedEncoder
 from mimic_fast.errors import DivergedError, StoppedError, UsageError
@@ -57,7 +55,7 @@ class Task:
         student: Randomly initialized student, already on its device.
         teacher: Frozen teacher with the same taps, or None.
         layer_weights: lambda_l per tap; 0 for taps without attention loss.
-        pool: uint8 training images ``[n, C, S, S]``.
+        images: What it trains on.
         fingerprint: What must be equal for a saved state to be continued.
         out: Run directory, or None to keep nothing.
     """
@@ -65,19 +63,28 @@ class Task:
     student: Student
     teacher: TappedEncoder | None
     layer_weights: tuple[float, ...]
-    pool: UInt8[Tensor, "image channel side side"]
+    images: TrainingImages
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     out: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What came of it: ``images_per_second`` counts training images (not views) of this call."""
+    """What came of it.
+
+    Args:
+        steps: Steps of the run.
+        seconds: Wall time of this call.
+        images_per_second: Training images (not views) of this call.
+        skipped: Steps that were skipped because something was not finite.
+        waited: Seconds of this call in which a step waited for its batch.
+    """
 
     steps: int
     seconds: float
     images_per_second: float
     skipped: int
+    waited: float
 
 
 def train(
@@ -109,39 +116,37 @@ def train(
         UsageError: If a saved state belongs to another run.
     """
     loop = _Loop(task, settings, accelerator, processes)
-    first = loop.resume() if settings.run.resume == "auto" else 0
-    order, order_epoch = torch.empty(0, dtype=torch.int64), -1
+    loader = Loader(
+        task.images, settings=settings, image_size=loop.image_size, processes=processes
+    )
+    first = loop.resume(loader.name) if settings.run.resume == "auto" else 0
     start = time.perf_counter()
-    for step in range(first, loop.total_steps):
-        epoch, index = divmod(step, loop.per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = epoch_order(len(task.pool), seed=settings.seed, epoch=epoch), epoch
-        ids = batch_ids(
-            order, batch_size=settings.optim.batch_size, step=index, processes=processes
-        )
-        loop.step(step, ids, epoch=epoch, stop=stop())
-        last = step + 1 == loop.total_steps
-        if last or (step + 1) % loop.flush_steps == 0:
-            stopped = loop.flush()
-            rate = (step + 1 - first) * settings.optim.batch_size / (time.perf_counter() - start)
-            report(_event(phase, step + 1, loop, rate))
-            if stopped and not last:
-                loop.save(step + 1)
-                raise StoppedError(
-                    f"stopped by a signal after step {step + 1}; continue with --resume auto"
-                )
-        if not last and (step + 1) % settings.run.checkpoint_every == 0:
-            loop.save(step + 1)
-        if on_epoch is not None and index + 1 == loop.per_epoch:
-            on_epoch(epoch + 1, task.student)
+    with loader.batches(first, loop.total_steps) as batches:
+        for step, batch in enumerate(batches, start=first):
+            loop.step(step, batch, stop=stop())
+            last = step + 1 == loop.total_steps
+            if last or (step + 1) % loop.flush_steps == 0:
+                stopped = loop.flush()
+                rate = (step + 1 - first) * loop.batch_size / (time.perf_counter() - start)
+                report(_event(phase, step + 1, loop, rate))
+                if stopped and not last:
+                    loop.save(step + 1, loader.name)
+                    raise StoppedError(
+                        f"stopped by a signal after step {step + 1}; continue with --resume auto"
+                    )
+            if not last and (step + 1) % settings.run.checkpoint_every == 0:
+                loop.save(step + 1, loader.name)
+            if on_epoch is not None:
+                for epoch in loop.passes_done(step):
+                    on_epoch(epoch, task.student)
     loop.finish()
     seconds = time.perf_counter() - start
-    images = (loop.total_steps - first) * settings.optim.batch_size
     return Trained(
         steps=loop.total_steps,
         seconds=seconds,
-        images_per_second=images / seconds,
+        images_per_second=(loop.total_steps - first) * loop.batch_size / seconds,
         skipped=loop.skipped,
+        waited=batches.waited,
     )
 
 
@@ -153,10 +158,11 @@ class _Loop:
     ) -> None:
         self.task, self.settings, self.processes = task, settings, processes
         optim = settings.optim
-        self.per_epoch = steps_per_epoch(
-            len(task.pool), batch_size=optim.batch_size, processes=processes
-        )
-        self.total_steps = optim.epochs * self.per_epoch
+        self.batch_size, images = optim.batch_size, len(task.images)
+        check_batch(images, batch_size=self.batch_size, processes=processes)
+        self.per_epoch = images / self.batch_size
+        self.total_steps = steps_of(optim.epochs, images, batch_size=self.batch_size)
+        self.image_size = task.student.tapped.encoder.spec.image_size
         if settings.run.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.run.max_steps)
         self.flush_steps = _FLUSH_STEPS.get(processes.device.type, 1)
@@ -178,34 +184,20 @@ class _Loop:
         self.skipped = self.nonfinite_in_a_row = 0
         self.last_row: dict[str, float] = {}
 
-    def step(self, step: int, ids: Tensor, *, epoch: int, stop: bool) -> None:
+    def passes_done(self, step: int) -> range:
+        """Numbers (from 1) of the passes over all images that a step completes."""
+        images = len(self.task.images)
+        before, after = (count * self.batch_size // images for count in (step, step + 1))
+        return range(before + 1, min(after, self.settings.optim.epochs) + 1)
+
+    def step(self, step: int, batch: Batch, *, stop: bool) -> None:
         """Forward, backward, check, update; nothing here waits for the device."""
         settings, task = self.settings, self.task
-        batch = make_batch(
-            task.pool,
-            ids,
-            settings=settings.data,
-            image_size=task.student.tapped.encoder.spec.image_size,
-            seed=settings.seed,
-            epoch=epoch,
-            second=settings.loss.contrastive > 0,
-        )
-        student_view = hardened(
-            batch.v1,
-            ids,
-            task.pool,
-            settings=settings.loss.harden,
-            seed=settings.seed,
-            epoch=epoch,
-        )
-        seen = batch.v1
-        if settings.loss.teacher_view == "plain":
-            size = task.student.tapped.encoder.spec.image_size
-            seen = plain_view(task.pool[ids], image_size=size)
+        student_view = batch.v1 if batch.student is None else batch.student
         batch = Batch(
-            v1=self._placed(seen),
+            v1=self._placed(batch.v1 if batch.plain is None else batch.plain),
             v2=None if batch.v2 is None else self._placed(batch.v2),
-            ids=ids,
+            ids=batch.ids,
         )
         rate = learning_rate(
             step,
@@ -228,7 +220,7 @@ class _Loop:
             )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        flags = self._update(step, rate, losses, ids, stop=stop)
+        flags = self._update(step, rate, losses, batch.ids, stop=stop)
         # A forward pass that was not finite has spoiled BatchNorm's running statistics already.
         for buffer, old in zip(self.buffers, before, strict=True):
             torch.where(flags[0] > 0, old, buffer, out=buffer)
@@ -253,7 +245,9 @@ class _Loop:
             norm,
         )
         row = torch.stack([*(term.detach().double() for term in terms), *flags.double()])
-        ran = dict(ops.calls() - self.calls_before)
+        # Views are made ahead in another thread: whose step that was is chance.
+        counts = ops.calls() - self.calls_before
+        ran = {name: count for name, count in counts.items() if not name.startswith("views")}
         self.pending.append((step + 1, rate, ids, row, ran))
         return flags
 
@@ -292,7 +286,7 @@ class _Loop:
         for line in lines:
             append_metrics(self.task.out / "metrics.jsonl", line)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, loader: str) -> None:
         """Writes the run state (process 0) and waits for it."""
         if self.task.out is None:
             return
@@ -310,6 +304,7 @@ class _Loop:
             meta = {
                 "optimizer": groups,
                 "fingerprint": dict(self.task.fingerprint),
+                "loader": loader,
                 "skipped": self.skipped,
                 "nonfinite_in_a_row": self.nonfinite_in_a_row,
             }
@@ -322,7 +317,7 @@ class _Loop:
             )
         wait_for_all(self.processes)
 
-    def resume(self) -> int:
+    def resume(self, loader: str) -> int:
         """Loads the newest good state, if any, and returns the step to go on with."""
         if self.task.out is None:
             return 0
@@ -335,6 +330,12 @@ class _Loop:
             )
         if state is not None:
             checkpoint.refuse_other_run(state.path, state.meta, self.task.fingerprint)
+            made_by = state.meta["loader"]
+            if made_by != loader:
+                raise UsageError(
+                    f"the run in {self.task.out} has views by {made_by}, here they are by "
+                    f"{loader}; set data.backend and data.decode as they were"
+                )
         if self.processes.is_main:
             truncate_metrics(self.task.out / "metrics.jsonl", step)
         if state is None:

@@ -119,16 +119,16 @@ def test_run_directory_tells_the_whole_story(small):
     assert card["layer_weights"] == {
         layer["tap"]: pytest.approx(layer["weight"]) for layer in located["layers"]
     }
-    assert card["steps"] == result.trained.steps == 8
+    assert card["steps"] == result.trained.steps == 9
 
 
 def test_held_out_images_are_never_trained_on(small):
-    """81 of the 90 images train: four batches of 20 an epoch."""
+    """81 of the 90 images train: two passes are nine batches of 20."""
     result = purify(small())
 
     assert result.clean_set.hold_out == 9
     assert len(result.pool) == 90
-    assert result.trained.steps == 2 * 4
+    assert result.trained.steps == 9
 
 
 def test_imitation_improves(small):
@@ -210,7 +210,7 @@ def test_state_of_other_settings_is_not_continued(small):
     with pytest.raises(UsageError, match="other settings, teacher or images"):
         purify(small("mi.chunk=90", "optim.lr=0.1", "run.resume=auto"))
     resumed = purify(small("mi.chunk=90", "run.resume=auto"))
-    assert resumed.trained.steps == 8
+    assert resumed.trained.steps == 9
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mimic_fast import ops
 from mimic_fast.config import EncoderSpec, LossSettings, Settings
 from mimic_fast.data.loader import Batch
+from mimic_fast.data.loader import TrainingImages
 from mimic_fast.distributed import SINGLE, start
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
@@ -188,7 +189,7 @@ def test_twenty_steps_give_the_losses_of_the_reference(spec, tmp_path):
             student=student,
             teacher=teacher,
             layer_weights=(1000.0,) * len(teacher.taps),
-            pool=pool,
+            images=TrainingImages(squares=pool),
             out=out,
         )
         accelerator, processes = start(settings.run, settings.optim, expected_world=1)

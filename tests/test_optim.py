@@ -147,7 +147,7 @@ def test_a_skipped_step_leaves_no_trace(name, skipped, momentum):
 def rates(total: int, per_epoch: int, **changes: Any) -> list[float]:
     chosen = settings(lr=2.0, **changes)
     return [
-        learning_rate(step, total_steps=total, steps_per_epoch=per_epoch, settings=chosen)
+        learning_rate(step, total_steps=total, steps_per_epoch=float(per_epoch), settings=chosen)
         for step in range(total)
     ]
 

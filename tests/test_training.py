@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mimic_fast.config import EncoderSpec, Settings
 from mimic_fast.distil import purify
+from mimic_fast.data.loader import TrainingImages
 from mimic_fast.distributed import start
 from mimic_fast.encoders.build import build_encoder
 from mimic_fast.encoders.export import export_encoder
@@ -34,7 +35,7 @@ SPEC = EncoderSpec(
     mean=(0.5, 0.5, 0.5),
     std=(0.25, 0.25, 0.25),
 )
-BATCH, IMAGES = 8, 30  # three full batches an epoch
+BATCH, IMAGES = 8, 30  # two passes are eight steps
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def a_task(pool: Tensor, run: Settings, *, seed: int = 1) -> Task:
         student=Student(TappedEncoder(student, taps), projection=width, seed=seed),
         teacher=TappedEncoder(teacher.requires_grad_(False), taps).eval(),
         layer_weights=(1000.0,) * len(taps),
-        pool=pool,
+        images=TrainingImages(squares=pool),
         out=run.run.out,
     )
 
@@ -101,9 +102,9 @@ def test_every_step_sees_no_more_images_than_it_needs(pool, contrastive, student
 
     result = trained(task, run)
 
-    assert result.steps == 6
-    assert student == [student_images] * 6
-    assert teacher == [BATCH] * 6
+    assert result.steps == 8
+    assert student == [student_images] * 8
+    assert teacher == [BATCH] * 8
 
 
 def test_teacher_stays_as_it_is(pool):
@@ -215,7 +216,7 @@ def test_averaged_weights_are_what_is_left(pool):
 
     trained(task, run, report=lambda event: states.append(copied(task.student)))
 
-    assert len(states) == 6
+    assert len(states) == 8
     for state in states:
         for name, value in state.items():
             old = expected[name]
@@ -279,7 +280,7 @@ def test_stop_saves_the_state_of_the_step_it_came_in(pool, tmp_path):
     resumed = run.model_copy(update={"run": run.run.model_copy(update={"resume": "auto"})})
     events: list[Event] = []
     trained(a_task(pool, resumed, seed=2), resumed, report=events.append)
-    assert [event.done for event in events] == [5, 6]
+    assert [event.done for event in events] == [5, 6, 7, 8]
 
 
 def test_state_of_other_work_is_refused(pool, tmp_path):
@@ -290,7 +291,7 @@ def test_state_of_other_work_is_refused(pool, tmp_path):
         student=task.student,
         teacher=task.teacher,
         layer_weights=task.layer_weights,
-        pool=pool,
+        images=TrainingImages(squares=pool),
         fingerprint={"teacher": "another"},
         out=tmp_path,
     )

@@ -28,8 +28,8 @@ from mimic_fast.config import (
 from mimic_fast.data.augment import augmented_view, plain_view
 from mimic_fast.data.images import load_images
 from mimic_fast.data.items import Source, decode_image, read_whole
-from mimic_fast.data.loader import epoch_order, steps_per_epoch
-from mimic_fast.data.sources import open_source
+from mimic_fast.data.order import check_batch, epoch_order
+from mimic_fast.data.sources import limits_of, open_source
 from mimic_fast.distributed import SINGLE
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import STORED, export_encoder
@@ -103,7 +103,7 @@ def badencoder(settings: BadEncoderSettings, *, report: Reporter = silent) -> At
     _check_ignored(settings)
     clean = load_encoder(settings.encoder.teacher, settings.encoder)
     spec = clean.encoder.spec
-    source = open_source(source_name, report=report)
+    source = open_source(source_name, limits=limits_of(settings.data), report=report)
     count = min(settings.shadow_images or len(source), len(source))
     order = epoch_order(len(source), seed=settings.seed, epoch=0)[:count].tolist()
     pool, _ = load_images(
@@ -169,7 +169,8 @@ def _implant(
     optimizer = torch.optim.SGD(
         student.parameters(), optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
     )
-    per_epoch = steps_per_epoch(len(pool), batch_size=optim.batch_size, processes=SINGLE)
+    check_batch(len(pool), batch_size=optim.batch_size, processes=SINGLE)
+    per_epoch = len(pool) // optim.batch_size  # what is left of a pass waits for the next
     total = per_epoch * optim.epochs
     began = time.perf_counter()
     for step in range(total):
@@ -181,7 +182,7 @@ def _implant(
         losses = _losses(student, images[ids], kept[ids], goal, goal_features, views, trigger)
         set_learning_rate(
             optimizer,
-            learning_rate(step, total_steps=total, steps_per_epoch=per_epoch, settings=optim),
+            learning_rate(step, total_steps=total, steps_per_epoch=float(per_epoch), settings=optim),
         )
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()

@@ -8,13 +8,14 @@ manifest is the same images in the same order everywhere.
 import hashlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from jaxtyping import UInt8
 from torch import Tensor
 
 from mimic_fast.config import DataSettings, EncoderSpec
-from mimic_fast.data.images import load_images
+from mimic_fast.data.decoded import load_squares
 from mimic_fast.data.items import CorruptItemError, Source
 from mimic_fast.data.manifest import (
     CleanItem,
@@ -23,11 +24,13 @@ from mimic_fast.data.manifest import (
     read_clean_set,
     write_clean_set,
 )
-from mimic_fast.data.sources import open_source
+from mimic_fast.data.sources import limits_of, open_source
+from mimic_fast.data.stored import StoredFiles, stored_files
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.progress import Event, Reporter, silent
 
 __all__ = [
+    "CleanImages",
     "CleanItem",
     "CleanSet",
     "clean_images",
@@ -61,7 +64,7 @@ def draw_clean_set(
         UnsafeInputError: If fewer than 2 images can be decoded.
     """
     requested = _requested(source, settings)
-    _check_budget(source, settings, requested)
+    _check_budget(settings.pretraining_size or len(source), settings, requested, name=source.name)
     order = sorted(range(len(source)), key=lambda index: _rank(seed, source.keys[index]))
     drawn = _Drawn(source=source, total=requested, report=report)
     strata = _strata(source, order, requested) if settings.stratified else [(order, requested)]
@@ -90,6 +93,21 @@ def draw_clean_set(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CleanImages:
+    """A clean set with its images.
+
+    Args:
+        clean_set: Which images.
+        squares: Decoded, uint8, in the set's order.
+        files: As they are stored, in the set's order.
+    """
+
+    clean_set: CleanSet
+    squares: UInt8[Tensor, "image channel side side"]
+    files: StoredFiles
+
+
 def load_clean_images(
     source: Source,
     clean_set: CleanSet,
@@ -98,64 +116,67 @@ def load_clean_images(
     channels: int,
     report: Reporter = silent,
 ) -> UInt8[Tensor, "image channel side side"]:
-    """The pixels of a clean set in its order; side and channels as in :func:`load_images`.
+    """The pixels of a clean set in its order, in memory; side and channels as in ``load_images``.
 
     Raises:
         UnsafeInputError: If the source no longer holds the very bytes that were drawn.
     """
-    places = {key: index for index, key in enumerate(source.keys)}
-    items = clean_set.items
-
-    def read(position: int) -> bytes:
-        item = items[position]
-        data = source.read(places[item.key])
-        if hashlib.sha256(data).hexdigest() != item.sha256:
-            raise UnsafeInputError(f"{item.key} of {source.name} has changed since it was drawn")
-        return data
-
-    missing = next((item.key for item in items if item.key not in places), None)
-    if missing is not None:
-        raise UnsafeInputError(f"{missing} of the clean set is no longer in {source.name}")
-    drawn = Source(
-        name=source.name,
-        keys=tuple(item.key for item in items),
-        labels=None,
-        classes=None,
-        read=read,
-        decode=source.decode,
-    )
-    images, kept = load_images(
-        drawn, range(len(items)), image_size=image_size, channels=channels, report=report
-    )
-    if len(kept) < len(items):
-        lost = items[min(set(range(len(items))) - set(kept))].key
-        raise UnsafeInputError(f"{lost} of {source.name} can no longer be read")
-    return images
+    files = stored_files(source, clean_set.items)
+    return load_squares(files, image_size=image_size, channels=channels, report=report)
 
 
 def clean_images(
-    settings: DataSettings, spec: EncoderSpec, *, seed: int, report: Reporter = silent
-) -> tuple[CleanSet, UInt8[Tensor, "image channel side side"]]:
-    """The clean set of ``settings.source`` and its pixels; warns of corrupt images left out.
+    settings: DataSettings,
+    spec: EncoderSpec,
+    *,
+    seed: int,
+    world: int = 1,
+    report: Reporter = silent,
+) -> CleanImages:
+    """The clean set of ``settings.source`` and its images; warns of corrupt ones left out.
+
+    With ``settings.clean_set`` the images of that manifest, in its order, and nothing is drawn.
 
     Raises:
         UsageError: If there is no source, or as in :func:`draw_clean_set`.
-        UnsafeInputError: As in :func:`draw_clean_set` and :func:`load_clean_images`.
+        UnsafeInputError: As in :func:`draw_clean_set` and :func:`load_squares`.
     """
     if settings.source is None:
         raise UsageError("no clean images given; use --data or data.source in the recipe")
-    source = open_source(settings.source, report=report)
-    clean_set = draw_clean_set(source, settings, seed=seed, report=report)
+    source = open_source(settings.source, limits=limits_of(settings), report=report)
+    if settings.clean_set is None:
+        clean_set = draw_clean_set(source, settings, seed=seed, report=report)
+    else:
+        clean_set = _given(settings.clean_set, settings)
     if clean_set.quarantined:
         keys = ", ".join(key for key, _ in clean_set.quarantined[:3])
         warnings.warn(
             f"{len(clean_set.quarantined)} corrupt images left out ({keys}); see quarantine.json",
             stacklevel=3,
         )
-    pool = load_clean_images(
-        source, clean_set, image_size=spec.image_size, channels=spec.in_channels, report=report
+    files = stored_files(source, clean_set.items)
+    squares = load_squares(
+        files,
+        image_size=spec.image_size,
+        channels=spec.in_channels,
+        cache=settings.cache,
+        cache_dir=settings.cache_dir,
+        world=world,
+        report=report,
     )
-    return clean_set, pool
+    # Whoever reads the files again checks them again.
+    files = stored_files(source, clean_set.items)
+    return CleanImages(clean_set=clean_set, squares=squares, files=files)
+
+
+def _given(path: Path, settings: DataSettings) -> CleanSet:
+    """The set of a manifest, held to today's budget and hold-out."""
+    clean_set = read_clean_set(path)
+    size = settings.pretraining_size
+    if size is not None:
+        _check_budget(size, settings, len(clean_set), name=str(path))
+        clean_set = replace(clean_set, fraction=len(clean_set) / size)
+    return replace(clean_set, hold_out=round(settings.hold_out * len(clean_set)))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,14 +196,18 @@ class _Drawn:
             key = self.source.keys[index]
             try:
                 data = self.source.read(index)
-                self.source.decode(data)
+                _, height, width = self.source.decode(data).shape
             except CorruptItemError as error:
                 self.quarantined.append((key, str(error)))
                 self.report(Event(phase="clean set", message=f"quarantined {key}: {error}"))
                 continue
             label = None if self.source.labels is None else self.source.labels[index]
             digest = hashlib.sha256(data).hexdigest()
-            self.items.append(CleanItem(index=index, key=key, sha256=digest, label=label))
+            self.items.append(
+                CleanItem(
+                    index=index, key=key, sha256=digest, label=label, height=height, width=width
+                )
+            )
             done = len(self.items)
             if done % _REPORT_EVERY == 0 or done == self.total:
                 self.report(Event(phase="clean set", done=done, total=self.total, unit="images"))
@@ -206,13 +231,12 @@ def _requested(source: Source, settings: DataSettings) -> int:
     return requested
 
 
-def _check_budget(source: Source, settings: DataSettings, requested: int) -> None:
-    size = settings.pretraining_size or len(source)
+def _check_budget(size: int, settings: DataSettings, requested: int, *, name: str) -> None:
     if settings.allow_budget or requested <= settings.budget * size + 1e-9:
         return
     raise UsageError(
-        f"{requested} clean images are {requested / size:.3%} of {size} pre-training images, over "
-        f"the budget of {settings.budget:.3%}; draw fewer, set data.pretraining_size if the "
+        f"{name}: {requested} clean images are {requested / size:.3%} of {size} pre-training "
+        f"images, over the budget of {settings.budget:.3%}; draw fewer, set data.pretraining_size if the "
         "teacher saw more images, or pass --allow-budget"
     )
 

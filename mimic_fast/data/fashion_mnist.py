@@ -22,12 +22,13 @@ from mimic_fast.data.fashion_mnist_ways import (
     DEBIAN_FOLDER,
     DEBIAN_PACKAGE,
     FetchError,
+    RefusedError,
     from_apt,
     from_folder,
     from_mirrors,
 )
 from mimic_fast.data.items import CorruptItemError, Source
-from mimic_fast.errors import MachineError, UsageError
+from mimic_fast.errors import MachineError, MimicError, UnsafeInputError, UsageError
 from mimic_fast.files import sha256_file, user_cache, write_atomic
 from mimic_fast.progress import Event, Reporter, silent
 
@@ -68,6 +69,7 @@ def open_fashion_mnist(
 
     Raises:
         UsageError: If it cannot be fetched; the message says how to install it by hand.
+        UnsafeInputError: If all that can be fetched is something else.
         MachineError: If the cache cannot be written.
     """
     files = fetch_fashion_mnist(cache=cache, report=report)
@@ -82,6 +84,7 @@ def open_fashion_mnist(
         classes=CLASSES,
         read=lambda index: pixels[_IMAGE_HEADER + index * area :][:area].tobytes(),
         decode=_decode,
+        encoded=False,
     )
 
 
@@ -110,6 +113,7 @@ def fetch_fashion_mnist(
 
     Raises:
         UsageError: If every way fails; the message says what to do.
+        UnsafeInputError: If every way fails, and one because its files were not the recorded ones.
         MachineError: If the cache cannot be written.
     """
     folder = (user_cache() if cache is None else cache) / "fashion-mnist"
@@ -136,16 +140,18 @@ def _fetch(
         ("apt-get", lambda: from_apt(folder, tuple(SHA256), report)),
     )
     reasons: list[str] = []
+    kind: type[MimicError] = UsageError
     for name, way in ways:
         try:
             contents = way()
             _check(contents)
         except FetchError as error:
             reasons.append(f"{name}: {error}")
+            kind = UnsafeInputError if isinstance(error, RefusedError) else kind
             continue
         report(Event(phase="fetch", message=f"Fashion-MNIST fetched ({name}) into {folder}"))
         return contents
-    raise UsageError(
+    raise kind(
         f"Fashion-MNIST cannot be fetched ({'; '.join(reasons)}); "
         f"install the Debian package {DEBIAN_PACKAGE}, or copy "
         f"{', '.join(f'{name}.gz' for name in SHA256)} into {folder}"
@@ -156,7 +162,7 @@ def _check(contents: dict[str, bytes]) -> None:
     for name, data in contents.items():
         digest = hashlib.sha256(data).hexdigest()
         if digest != SHA256[name]:
-            raise FetchError(f"{name} has SHA-256 {digest[:12]}, expected {SHA256[name][:12]}")
+            raise RefusedError(f"{name} has SHA-256 {digest[:12]}, expected {SHA256[name][:12]}")
 
 
 def _intact(files: dict[str, Path]) -> bool:

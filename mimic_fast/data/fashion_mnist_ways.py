@@ -55,6 +55,10 @@ class FetchError(Exception):
     """One way of fetching failed; the next one is tried."""
 
 
+class RefusedError(FetchError):
+    """One way gave files, but not those that it should: damaged, or somebody else's."""
+
+
 def from_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """Decompresses ``NAME.gz`` of a folder.
 
@@ -62,7 +66,7 @@ def from_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
         FetchError: If one is missing, unreadable or no gzip file.
     """
     try:
-        return {name: _gunzip((folder / f"{name}.gz").read_bytes(), name) for name in names}
+        return {name: _gunzip(_start(folder / f"{name}.gz"), name) for name in names}
     except OSError as error:
         raise FetchError(f"{error.filename}: {error.strerror}") from None
 
@@ -188,7 +192,13 @@ def _gunzip(data: bytes, name: str) -> bytes:
         stream = zlib.decompressobj(wbits=31)
         content = stream.decompress(data, _MAX_BYTES)
     except zlib.error as error:
-        raise FetchError(f"{name}.gz cannot be decompressed: {error}") from None
+        raise RefusedError(f"{name}.gz cannot be decompressed: {error}") from None
     if not stream.eof:
-        raise FetchError(f"{name}.gz is truncated or too large")
+        raise RefusedError(f"{name}.gz is truncated or too large")
     return content
+
+
+def _start(path: Path) -> bytes:
+    """A file, or as much of it as is taken; what is longer is then found to be truncated."""
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES)

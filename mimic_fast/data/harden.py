@@ -25,7 +25,7 @@ def hardened(
     *,
     settings: HardenSettings,
     seed: int,
-    epoch: int,
+    epoch: int | Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch channel height width"]:
     """The views with rectangles pasted in; the input is not changed.
 
@@ -35,17 +35,18 @@ def hardened(
         pool: All training images, donors of the ``image`` kind.
         settings: Probability, area, contents and number of rectangles.
         seed: Seed of the run.
-        epoch: Pass over the data.
+        epoch: Pass over the data, of all items or of each.
     """
     if settings.probability == 0:
         return views
     chosen = uniforms(ids, 1, seed=seed, epoch=epoch, stream=_STREAM)[:, 0] < settings.probability
     rows = chosen.nonzero()[:, 0]
+    epochs = epoch[rows] if isinstance(epoch, Tensor) else epoch
     result = views
     for index in range(settings.rectangles):
-        u = uniforms(ids[rows], 10, seed=seed, epoch=epoch, stream=_STREAM + 2 * index)
+        u = uniforms(ids[rows], 10, seed=seed, epoch=epochs, stream=_STREAM + 2 * index)
         inside = _rectangles(u, views.shape[2], views.shape[3], settings.area)
-        content = _contents(views[rows], ids[rows], pool, u, settings, seed, epoch, index)
+        content = _contents(views[rows], ids[rows], pool, u, settings, seed, epochs, index)
         result = result.index_copy(0, rows, torch.where(inside, content, result[rows]))
     return result
 
@@ -75,7 +76,7 @@ def _contents(
     u: Tensor,
     settings: HardenSettings,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     index: int,
 ) -> Tensor:
     """What fills the rectangles, at full image size ``[B, C, H, W]``."""
@@ -87,8 +88,9 @@ def _contents(
     for number, name in enumerate(settings.kinds):
         rows = (kind == number).nonzero()[:, 0]
         if name == "noise":
+            passes = epoch[rows] if isinstance(epoch, Tensor) else epoch
             noise = uniforms(
-                ids[rows], C * H * W, seed=seed, epoch=epoch, stream=_STREAM + 2 * index + 1
+                ids[rows], C * H * W, seed=seed, epoch=passes, stream=_STREAM + 2 * index + 1
             )
             content[rows] = noise.view(-1, C, H, W)
         elif name == "image":

@@ -23,6 +23,7 @@ def load_images(
     image_size: int,
     channels: int,
     evaluation: bool = False,
+    side: int | None = None,
     report: Reporter = silent,
 ) -> tuple[UInt8[Tensor, "image channel side side"], tuple[int, ...]]:
     """Decodes images to squares of one side S, in the order of ``indices``.
@@ -40,6 +41,7 @@ def load_images(
         image_size: Input size of the encoder, pixels.
         channels: Input channels of the encoder, 1 or 3.
         evaluation: Exactly ``image_size``, for images that are not augmented.
+        side: S, where it is known already; None: from the images.
         report: Told how many images are done, and of each corrupt item.
 
     Returns:
@@ -53,22 +55,29 @@ def load_images(
         raise UsageError(f"images have 1 or 3 channels, but the encoder expects {channels}")
     if not indices:
         raise UsageError(f"{source.name}: no image to load; ask for at least one")
-    side = image_size
+    final = image_size if side is None else side
     squares: list[Tensor] = []
     kept: list[int] = []
     for done, index in enumerate(indices, start=1):
         if (image := _decoded(source, index, report)) is not None:
             square = with_channels(center_square(image), channels)
             if square.shape[-1] > image_size:
-                side = image_size if evaluation else round(image_size * _CROP_MARGIN)
-                square = resized(square, side)  # now, so that no large image stays in memory
+                if side is None and not evaluation:
+                    final = round(image_size * _CROP_MARGIN)
+                square = resized(square, final)  # now, so that no large image stays in memory
             squares.append(square)
             kept.append(index)
         if done % _REPORT_EVERY == 0 or done == len(indices):
             report(Event(phase="images", done=done, total=len(indices), unit="images"))
     if not squares:
         raise UnsafeInputError(f"{source.name}: none of {len(indices)} images can be decoded")
-    return _stacked(squares, side), tuple(kept)
+    return _stacked(squares, final), tuple(kept)
+
+
+def square_side(sizes: Sequence[tuple[int, int]], *, image_size: int) -> int:
+    """S of :func:`load_images` for images of these heights and widths, for training."""
+    small = all(min(size) <= image_size for size in sizes)
+    return image_size if small else round(image_size * _CROP_MARGIN)
 
 
 def center_square(image: UInt8[Tensor, "channel height width"]) -> UInt8[Tensor, "channel s s"]:

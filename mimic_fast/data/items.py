@@ -6,10 +6,11 @@ surfaces where it can be named.
 """
 
 import io
+import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +20,19 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from mimic_fast.errors import UnsafeInputError
+from mimic_fast.errors import UnsafeInputError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm")
 MAX_ITEM_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000  # 192 MB decoded; more is a mistake or a decompression bomb
+HIGHEST_MAX_PIXELS = 178_000_000  # Pillow itself refuses more
 
+_SHOWN = 100  # characters of a name in a message
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 # Pillow takes files for whole that lack only their end: every pixel may be there, or only seem so.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+# What ends a line, or moves the cursor of a terminal: a name must stay on its line.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 # The first three are what tens of thousands of mutated files raised; the others are what the
 # parsers' building blocks raise, should a field be read that those files did not reach.
@@ -49,6 +54,30 @@ class CorruptItemError(UnsafeInputError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one item may take; a larger one is a corrupt item.
+
+    Args:
+        max_item_bytes: Stored bytes.
+        max_pixels: Width times height, at most HIGHEST_MAX_PIXELS.
+    """
+
+    max_item_bytes: int = MAX_ITEM_BYTES
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.max_item_bytes < 1 or not 1 <= self.max_pixels <= HIGHEST_MAX_PIXELS:
+            raise UsageError(
+                "limits must be at least 1 byte and 1 pixel, and at most "
+                f"{HIGHEST_MAX_PIXELS} pixels; got {self.max_item_bytes} bytes and "
+                f"{self.max_pixels} pixels"
+            )
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """An ordered set of images.
 
@@ -59,6 +88,8 @@ class Source:
         classes: The class names, where the source knows them.
         read: Index to the stored bytes of an item; raises CorruptItemError.
         decode: Stored bytes to uint8 pixels ``[C, H, W]``, C = 1 or 3; raises CorruptItemError.
+        encoded: Whether the stored bytes are an image file, which any decoder of its format reads;
+            False for bare pixels.
     """
 
     name: str
@@ -67,6 +98,7 @@ class Source:
     classes: tuple[str, ...] | None
     read: Callable[[int], bytes]
     decode: Callable[[bytes], Tensor]
+    encoded: bool = True
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,18 +111,52 @@ def is_image_name(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode; bytes that are not UTF-8 become backslash escapes."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    """A file name as one line of valid Unicode; what else it holds becomes backslash escapes."""
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def read_range(path: Path, offset: int, size: int) -> bytes:
+def check_unique(keys: Sequence[str], name: str) -> None:
+    """Refuses two items of one key: a manifest that names it could mean either.
+
+    Args:
+        keys: The keys of a source.
+        name: What holds them, for the message.
+
+    Raises:
+        UnsafeInputError: If a key comes twice.
+    """
+    seen: set[str] = set()
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if key in seen or seen.add(key))
+        raise UnsafeInputError(
+            f"{name} holds two items of the key {shortened(twice)!r}; give every item its own name"
+        )
+
+
+def shortened(name: str) -> str:
+    """A name as fits into a message; a hostile one can have a million characters."""
+    return name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+
+
+def check_size(size: int, limits: Limits) -> None:
+    """Refuses an item of too many bytes before it is read.
+
+    Raises:
+        CorruptItemError: If it is larger than allowed.
+    """
+    if size > limits.max_item_bytes:
+        raise CorruptItemError(f"has {size} bytes, more than the {limits.max_item_bytes} allowed")
+
+
+def read_range(path: Path, offset: int, size: int, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """Bytes ``offset .. offset + size`` of a file.
 
     Raises:
-        CorruptItemError: If the file cannot be read, ends early, or the item is absurdly large.
+        CorruptItemError: If the file cannot be read, ends early, or the item is larger than
+            allowed.
     """
-    if size > MAX_ITEM_BYTES:
-        raise CorruptItemError(f"has {size} bytes, more than the {MAX_ITEM_BYTES} allowed")
+    check_size(size, limits)
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
@@ -102,28 +168,30 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     return data
 
 
-def read_whole(path: Path) -> bytes:
+def read_whole(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """All bytes of a file.
 
     Raises:
-        CorruptItemError: If the file cannot be read or is absurdly large.
+        CorruptItemError: If the file cannot be read or is larger than allowed.
     """
     try:
         size = path.stat().st_size
     except OSError as error:
         raise CorruptItemError(f"cannot be read: {error.strerror}") from None
-    return read_range(path, 0, size)
+    return read_range(path, 0, size, limits)
 
 
-def decode_image(data: bytes) -> UInt8[Tensor, "channel height width"]:
+def decode_image(
+    data: bytes, limits: Limits = DEFAULT_LIMITS
+) -> UInt8[Tensor, "channel height width"]:
     """Decodes a JPEG, PNG, WebP, BMP or PPM file to its last pixel.
 
     Color images come out as RGB, gray ones with one channel, 16-bit gray scaled to 8 bits.
     Transparency is dropped and the EXIF orientation ignored, as in the usual training pipelines.
 
     Raises:
-        CorruptItemError: If the bytes are no such image, are truncated, or hold more than
-            MAX_PIXELS pixels.
+        CorruptItemError: If the bytes are no such image, are truncated, or hold more pixels than
+            allowed.
     """
     if not data:
         raise CorruptItemError("is empty")
@@ -132,7 +200,7 @@ def decode_image(data: bytes) -> UInt8[Tensor, "channel height width"]:
             warnings.catch_warnings(action="ignore"),  # odd metadata beside good pixels
             Image.open(io.BytesIO(data), formats=_FORMATS) as image,
         ):
-            _check_header(image, data)
+            _check_header(image, data, limits)
             pixels = _pixels(image)
     except Image.UnidentifiedImageError:
         raise CorruptItemError("is not a JPEG, PNG, WebP, BMP or PPM image") from None
@@ -142,10 +210,10 @@ def decode_image(data: bytes) -> UInt8[Tensor, "channel height width"]:
     return torch.from_numpy(pixels)
 
 
-def _check_header(image: Image.Image, data: bytes) -> None:
-    if image.width * image.height > MAX_PIXELS:
+def _check_header(image: Image.Image, data: bytes, limits: Limits) -> None:
+    if image.width * image.height > limits.max_pixels:
         raise CorruptItemError(
-            f"has {image.width} x {image.height} pixels, more than the {MAX_PIXELS} allowed"
+            f"has {image.width} x {image.height} pixels, more than the {limits.max_pixels} allowed"
         )
     if _END_MARKS.get(image.format or "", b"") not in data:
         raise CorruptItemError(f"is truncated: the end mark of a {image.format} is missing")

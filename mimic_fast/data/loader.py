@@ -1,106 +1,189 @@
-"""From decoded images to batches: which items, in which order, seen how.
+"""From a clean set to batches: one contract, whatever decodes and crops.
 
-Everything is a function of (seed, epoch, step): there is no state to save, a resumed run gets the
-identical next batch, and any number of processes sees the same global batch.
+Which items a step takes (``order.py``) and how each is seen (``view_parameters.py``) are functions
+of (seed, step) and (seed, epoch, item, view). So there is no state to save, any number of processes
+sees the same global batch, and a resumed run gets the identical next one. Backends differ in who
+decodes and resizes only. Batches are made ahead in a thread, student-only perturbation included.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from mimic_fast.config import DataSettings
-from mimic_fast.data.augment import augmented_view
-from mimic_fast.data.counter import uniforms
+from mimic_fast import ops_views
+from mimic_fast.config import Settings
+from mimic_fast.data.dali_views import DaliViews, why_not_dali
+from mimic_fast.data.file_views import FileViews
+from mimic_fast.data.harden import hardened
+from mimic_fast.data.order import step_items
+from mimic_fast.data.prefetch import Prefetched
+from mimic_fast.data.square_views import SquareViews
+from mimic_fast.data.stored import StoredFiles
+from mimic_fast.data.view_parameters import draw_view
+from mimic_fast.data.views import Backend, DrawnStep
 from mimic_fast.distributed import Processes
 from mimic_fast.errors import UsageError
 
-_ORDER_STREAM = 2000
+_BIG = 2**33  # bytes of squares: beyond, they would rather be read by DALI than through the CPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """This process's share of one global batch.
+    """This process's share of one global batch; images in [0, 1], ``[B, C, H, W]``.
 
     Args:
-        v1: First view, ``[B, C, H, W]`` in [0, 1].
-        v2: Second view, or None where no loss needs it.
+        v1: First augmented view.
+        v2: Second, or None where no loss needs it.
         ids: Item ids, ``[B]``.
+        plain: The whole images, or None where nobody looks at them.
+        student: What the student sees of the first view, or None: the view itself.
     """
 
     v1: Tensor
     v2: Tensor | None
     ids: Tensor
+    plain: Tensor | None = None
+    student: Tensor | None = None
 
 
-def steps_per_epoch(images: int, *, batch_size: int, processes: Processes) -> int:
-    """Full global batches in one pass; the remainder waits for another epoch's order.
-
-    Raises:
-        UsageError: If not one batch fits, or the batch cannot be shared evenly.
-    """
-    if batch_size % processes.world:
-        raise UsageError(
-            f"optim.batch_size {batch_size} does not divide by {processes.world} processes; "
-            f"use {batch_size // processes.world * processes.world or processes.world}"
-        )
-    if images < batch_size:
-        raise UsageError(
-            f"optim.batch_size {batch_size} exceeds the {images} training images; "
-            "set optim.batch_size lower or draw more (data.clean_fraction)"
-        )
-    return images // batch_size
-
-
-def epoch_order(images: int, *, seed: int, epoch: int) -> Int[Tensor, " image"]:
-    """The order of all item ids in one pass."""
-    # Sorted by hashed keys; ties (24 bits) fall back to the stable order of ids.
-    keys = uniforms(torch.arange(images), 1, seed=seed, epoch=epoch, stream=_ORDER_STREAM)[:, 0]
-    return keys.argsort(stable=True)
-
-
-def batch_ids(
-    order: Int[Tensor, " image"], *, batch_size: int, step: int, processes: Processes
-) -> Int[Tensor, " batch"]:
-    """Item ids of this process in step ``step`` of the epoch: its slice of the global batch."""
-    share = batch_size // processes.world
-    start = step * batch_size + processes.rank * share
-    return order[start : start + share]
-
-
-def make_batch(
-    pool: UInt8[Tensor, "image channel side side"],
-    ids: Int[Tensor, " batch"],
-    *,
-    settings: DataSettings,
-    image_size: int,
-    seed: int,
-    epoch: int,
-    second: bool,
-) -> Batch:
-    """Augments the images of ``ids``.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingImages:
+    """What a loader serves.
 
     Args:
-        pool: All training images; item id = row.
-        ids: Which of them.
-        settings: Augmentation.
-        image_size: Height and width of the views, pixels.
-        seed: Seed of the run.
-        epoch: Pass over the data.
-        second: Whether the second view is needed.
+        squares: Decoded images, uint8; item id = row.
+        files: The same images as they are stored, for backends that decode; None: there are none.
     """
-    images = pool[ids]
 
-    def view(number: int) -> Float[Tensor, "batch channel height width"]:
-        return augmented_view(
-            images,
-            ids,
-            settings=settings,
-            image_size=image_size,
-            seed=seed,
-            epoch=epoch,
-            view=number,
+    squares: UInt8[Tensor, "image channel side side"]
+    files: StoredFiles | None = None
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+
+class Loader:
+    """Batches of a run, from any step on.
+
+    Args:
+        images: What to serve.
+        settings: Seed, augmentation, backend, batch size, which views the losses need.
+        image_size: Height and width of the views, pixels.
+        processes: Where this process stands.
+
+    Raises:
+        UsageError: If the backend asked for cannot run.
+    """
+
+    def __init__(
+        self,
+        images: TrainingImages,
+        *,
+        settings: Settings,
+        image_size: int,
+        processes: Processes,
+    ) -> None:
+        self._images, self._settings, self._size = images, settings, image_size
+        self._processes = processes
+        self._backend, _ = choose_backend(
+            images, settings=settings, image_size=image_size, device=processes.device
         )
 
-    return Batch(v1=view(1), v2=view(2) if second else None, ids=ids)
+    @property
+    def name(self) -> str:
+        """What makes the views."""
+        return self._backend.name
+
+    def batches(self, first: int, last: int) -> Prefetched[Batch]:
+        """The batches of steps ``first`` to ``last - 1``; close it when done."""
+        steps = (self._drawn(step) for step in range(first, last))
+        batches = map(self._finished, self._backend.views(steps))
+        return Prefetched(_without_gradient(batches), depth=self._settings.data.prefetch)
+
+    def _drawn(self, step: int) -> DrawnStep:
+        settings = self._settings
+        ids, epochs = step_items(
+            step,
+            images=len(self._images),
+            batch_size=settings.optim.batch_size,
+            seed=settings.seed,
+            processes=self._processes,
+        )
+        pool = settings.data.view_pool
+        drawn = (
+            draw_view(
+                ids,
+                side=self._images.squares.shape[-1],
+                settings=settings.data,
+                seed=settings.seed,
+                epoch=epochs % pool if pool else epochs,
+                view=view,
+            )
+            for view in range(1, 3 if settings.loss.contrastive > 0 else 2)
+        )
+        return DrawnStep(ids=ids, epochs=epochs, views=tuple(drawn))
+
+    def _finished(self, made: tuple[DrawnStep, list[Tensor]]) -> Batch:
+        step, views = made
+        loss, squares = self._settings.loss, self._images.squares
+        student = plain = None
+        if loss.harden.probability > 0:
+            student = hardened(
+                views[0],
+                step.ids,
+                squares,
+                settings=loss.harden,
+                seed=self._settings.seed,
+                epoch=step.epochs,
+            )
+        if loss.teacher_view == "plain":
+            plain = ops_views.plain(squares, step.ids, image_size=self._size)
+        second = views[1] if len(views) > 1 else None
+        return Batch(v1=views[0], v2=second, ids=step.ids, plain=plain, student=student)
+
+
+def choose_backend(
+    images: TrainingImages, *, settings: Settings, image_size: int, device: torch.device
+) -> tuple[Backend, str]:
+    """What makes the views, and why it was chosen.
+
+    Raises:
+        UsageError: If the backend asked for cannot run.
+    """
+    data, squares, files = settings.data, images.squares, images.files
+    name, reason = data.backend, "as data.backend says"
+    if name == "auto":
+        name, reason = _automatic(images, decode=data.decode, device=device)
+    last = settings.optim.channels_last and squares.shape[1] > 1
+    if name == "torch" and data.decode != "every_time":
+        return SquareViews(squares, image_size=image_size, channels_last=last), reason
+    if files is None:
+        raise UsageError(
+            "these images are decoded once; leave data.backend and data.decode at 'auto'"
+        )
+    shape = {"side": squares.shape[-1], "image_size": image_size, "channels": squares.shape[1]}
+    work = {"workers": data.workers, "ahead": data.prefetch, "channels_last": last}
+    if name == "torch":
+        return FileViews(files, **shape, **work), reason
+    return DaliViews(files, **shape, **work, device=device), reason
+
+
+def _automatic(images: TrainingImages, *, decode: str, device: torch.device) -> tuple[str, str]:
+    """Squares decoded once are fastest while they fit in memory; beyond that a GPU decodes."""
+    if decode == "once":
+        return "torch", "data.decode is 'once'"
+    if images.squares.nbytes <= _BIG and decode == "auto":
+        return "torch", "the decoded images are small enough to be kept"
+    if why_not := why_not_dali(images.files):
+        return "torch", why_not
+    if device.type != "cuda":
+        return "torch", "there is no GPU that could decode"
+    return "dali", "the decoded images are many and a GPU can decode"
+
+
+def _without_gradient(batches: Iterator[Batch]) -> Iterator[Batch]:
+    with torch.no_grad():
+        yield from batches

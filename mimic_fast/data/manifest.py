@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from mimic_fast.data.items import check_unique
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.files import write_atomic
 
@@ -26,12 +27,16 @@ class CleanItem:
         key: Its name in the source.
         sha256: Hex digest of its stored bytes.
         label: Its class, where the source has labels; never used for training.
+        height: Of the decoded image, pixels.
+        width: Of the decoded image, pixels.
     """
 
     index: int
     key: str
     sha256: str
     label: int | None
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +87,7 @@ def write_clean_set(clean_set: CleanSet, out: Path) -> Path:
         content = {"schema": 1, "source": clean_set.source, "items": rows}
         write_atomic(out / QUARANTINE_FILE, _json(content))
     path = out / CLEAN_SET_FILE
-    write_atomic(path, _json({"schema": 1, **asdict(clean_set)}))
+    write_atomic(path, _json({"schema": 2, **asdict(clean_set)}))
     return path
 
 
@@ -105,6 +110,7 @@ def read_clean_set(path: Path) -> CleanSet:
         raise UnsafeInputError(f"clean set {path} is damaged: {where}") from None
     if clean_set.sha256 != items_digest(clean_set.items):
         raise UnsafeInputError(f"clean set {path} is damaged: its items do not fit its sha256")
+    check_unique([item.key for item in clean_set.items], f"clean set {path}")
     return clean_set
 
 

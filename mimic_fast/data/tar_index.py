@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mimic_fast.data.items import shortened
+
 _BLOCK = 512
 _MAX_NAME_BYTES = 2**20  # of a header that only carries a name
 _REGULAR = (b"0", b"\0", b"7")
@@ -41,7 +43,7 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
             start = at + _BLOCK
             at = start + -(-size // _BLOCK) * _BLOCK
             if at > end:
-                raise DamagedTarError(f"is cut off: {_name(header, extended)!r} is not all there")
+                raise DamagedTarError(f"is cut off: {_shown(header, extended)} is not all there")
             if kind in (b"x", b"L"):
                 extended |= _extension(kind, _read(file, start, size))
                 continue
@@ -51,7 +53,7 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
                 raise DamagedTarError("holds a GNU sparse file of many pieces; pack it without -S")
             extended = extended if kind in (b"K", b"g") else {}
     if extended:
-        raise DamagedTarError(f"is cut off: {extended.get('path', b'a member')!r} is not there")
+        raise DamagedTarError("is cut off: the member after its last name is not there")
 
 
 def _header(file: BinaryIO, at: int) -> bytes | None:
@@ -78,7 +80,7 @@ def _size(header: bytes, extended: dict[str, bytes]) -> int:
     else:
         size = _number(header[124:136])
     if size is None:
-        raise DamagedTarError(f"has no valid size for {_name(header, extended)!r}")
+        raise DamagedTarError(f"has no valid size for {_shown(header, extended)}")
     return size
 
 
@@ -114,6 +116,10 @@ def _name(header: bytes, extended: dict[str, bytes]) -> str:
         if prefix and header[257:263] == b"ustar\0":  # GNU keeps times in these bytes
             name = prefix + b"/" + name
     return name.decode(errors="backslashreplace")
+
+
+def _shown(header: bytes, extended: dict[str, bytes]) -> str:
+    return repr(shortened(_name(header, extended)))
 
 
 def _read(file: BinaryIO, start: int, size: int) -> bytes:

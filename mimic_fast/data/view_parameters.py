@@ -5,7 +5,7 @@ random numbers come from ``counter.py``.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,12 @@ class ViewParameters:
     amounts: Float[Tensor, "batch 4"]
     order: Int[Tensor, "batch 4"]
     gray: Bool[Tensor, " batch"]
+
+    def row(self, index: int) -> "ViewParameters":
+        """The parameters of one image, as a batch of one."""
+        return ViewParameters(
+            **{entry.name: getattr(self, entry.name)[index : index + 1] for entry in fields(self)}
+        )
 
 
 def draw_view(

@@ -87,7 +87,10 @@ def locate(
         write_atomic(out / "config.json", settings_json(settings).encode())
     tapped = _tapped_pair(settings, processes.device, report)
     spec = tapped["teacher"].encoder.spec
-    clean_set, images = clean_images(settings.data, spec, seed=settings.seed, report=report)
+    found = clean_images(
+        settings.data, spec, seed=settings.seed, world=processes.world, report=report
+    )
+    clean_set, images = found.clean_set, found.squares
     sample = plain_view(images[:_SELF_TEST_IMAGES], image_size=spec.image_size)
     self_test(tapped["student"], tapped["teacher"], sample.to(processes.device))
     with ops.force_for_run(settings.run.force_op, processes.device, torch.float32):

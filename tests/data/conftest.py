@@ -11,7 +11,7 @@ from PIL import Image
 
 from mimic_fast.data.fashion_mnist import fetch_fashion_mnist
 from mimic_fast.data.items import Source, decode_image
-from mimic_fast.errors import UsageError
+from mimic_fast.errors import UnsafeInputError, UsageError
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def fashion_files() -> dict[str, Path]:
     """The real Fashion-MNIST in the user's cache, fetched if this machine can."""
     try:
         return fetch_fashion_mnist()
-    except UsageError as error:
+    except (UsageError, UnsafeInputError) as error:
         pytest.skip(f"needs Fashion-MNIST: {error}")
 
 

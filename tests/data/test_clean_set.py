@@ -191,7 +191,8 @@ def counted(size: int) -> Source:
 @given(st.integers(40, 10_000))
 def test_draw_fraction_at_the_budget_is_never_over_it(size):
     wanted = DataSettings(clean_fraction=0.05, budget=0.05)
-    _check_budget(counted(size), wanted, _requested(counted(size), wanted))
+    requested = _requested(counted(size), wanted)
+    _check_budget(size, wanted, requested, name="counted")
 
 
 @pytest.mark.parametrize("per_cent", range(2, 101))

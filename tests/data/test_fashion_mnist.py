@@ -15,7 +15,7 @@ from mimic_fast.data.fashion_mnist import (
 )
 from mimic_fast.data.items import CorruptItemError
 from mimic_fast.data.sources import open_source, open_split
-from mimic_fast.errors import MachineError, UsageError
+from mimic_fast.errors import MachineError, UnsafeInputError, UsageError
 from mimic_fast.files import user_cache
 
 FETCH = (
@@ -92,7 +92,7 @@ def test_fetch_refuses_other_content(fashion_archives, tmp_path, monkeypatch):
     shutil.copytree(fashion_archives, other)
     shutil.copy(other / "t10k-labels-idx1-ubyte.gz", other / "train-labels-idx1-ubyte.gz")
     with pytest.raises(
-        UsageError, match="train-labels-idx1-ubyte has SHA-256 0402a96d92fd, expected"
+        UnsafeInputError, match="train-labels-idx1-ubyte has SHA-256 0402a96d92fd, expected"
     ):
         fetch_fashion_mnist(cache=tmp_path, installed=other, mirrors=[])
     assert not list((tmp_path / "fashion-mnist").glob("*ubyte"))

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mimic_fast.data.folder import open_folder
+from mimic_fast.data.folder import find_files, open_folder
 from mimic_fast.data.items import CorruptItemError
-from mimic_fast.errors import UsageError
+from mimic_fast.errors import UnsafeInputError, UsageError
 
 
 def fill(folder: Path, names, content: bytes = b"x") -> None:
@@ -105,3 +105,19 @@ def test_folder_without_images_raises(tmp_path):
         open_folder(tmp_path, name="data")
     with pytest.raises(UsageError, match="cannot be read"):
         open_folder(tmp_path / "absent", name="data")
+
+
+def test_folder_keys_are_one_line_and_unique(tmp_path):
+    fill(tmp_path, ["a\nb.png"])
+    source = open_folder(tmp_path, name="data")
+    assert source.keys == ("a\\nb.png",)
+    assert source.read(0) == b"x"
+    fill(tmp_path, ["a\\nb.png"])
+    with pytest.raises(UnsafeInputError, match="two items of the key"):
+        open_folder(tmp_path, name="data")
+
+
+def test_find_files_by_suffix_in_any_case(tmp_path):
+    fill(tmp_path, ["b.MP4", "a/c.mp4", "a/d.png", ".e.mp4", "mp4"])
+    assert find_files(tmp_path, (".mp4",)) == ["a/c.mp4", "b.MP4"]
+    assert find_files(tmp_path, (".avi",)) == []

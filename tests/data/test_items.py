@@ -11,14 +11,18 @@ from PIL import Image, ImageFile
 
 from mimic_fast.data import items
 from mimic_fast.data.items import (
+    HIGHEST_MAX_PIXELS,
     CorruptItemError,
+    Limits,
+    check_unique,
     decode_image,
     is_image_name,
     printable,
     read_range,
     read_whole,
+    shortened,
 )
-from mimic_fast.errors import UnsafeInputError
+from mimic_fast.errors import UnsafeInputError, UsageError
 
 
 def saved(image: Image.Image, suffix: str, **options) -> bytes:
@@ -193,3 +197,42 @@ def test_is_image_name_by_suffix_and_not_hidden(name, expected):
 def test_printable_keeps_unicode_and_escapes_the_rest():
     assert printable("k\u00e4se/\u00fc.png") == "k\u00e4se/\u00fc.png"
     assert printable(b"a\xff.png".decode(errors="surrogateescape")) == "a\\xff.png"
+
+
+@given(st.text(max_size=20))
+def test_printable_is_one_line_of_text(name):
+    text = printable(name.encode(errors="ignore").decode())
+    assert len(text.splitlines()) <= 1
+    assert "\x1b" not in text
+    assert text.encode().decode() == text
+
+
+def test_shortened_keeps_what_is_short():
+    assert shortened("n" * 100) == "n" * 100
+    assert shortened("n" * 101) == "n" * 100 + "..."
+
+
+def test_check_unique_names_the_first_key_that_comes_again():
+    check_unique(("a", "b", "c"), "data")
+    with pytest.raises(UnsafeInputError, match="data holds two items of the key 'b'"):
+        check_unique(("a", "b", "c", "b", "a"), "data")
+
+
+def test_limits_replace_the_default_ones(tmp_path):
+    data = saved(COLOR, "PNG")
+    assert decode_image(data, Limits(max_pixels=120)).shape == (3, 10, 12)
+    with pytest.raises(CorruptItemError, match="has 12 x 10 pixels, more than the 119 allowed"):
+        decode_image(data, Limits(max_pixels=119))
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_whole(path, Limits(max_item_bytes=5)) == b"12345"
+    with pytest.raises(CorruptItemError, match="has 5 bytes, more than the 4 allowed"):
+        read_whole(path, Limits(max_item_bytes=4))
+
+
+@pytest.mark.parametrize(
+    "values", [{"max_pixels": 0}, {"max_item_bytes": 0}, {"max_pixels": HIGHEST_MAX_PIXELS + 1}]
+)
+def test_limits_that_cannot_hold_raise(values):
+    with pytest.raises(UsageError, match="limits must be at least 1 byte and 1 pixel"):
+        Limits(**values)

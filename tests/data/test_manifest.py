@@ -23,7 +23,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 2**40), NAMES, DIGESTS, LABELS), max_si
 @pytest.fixture
 def clean_set() -> CleanSet:
     items = tuple(
-        CleanItem(index=index, key=f"{index}.png", sha256="0" * 64, label=None)
+        CleanItem(index=index, key=f"{index}.png", sha256="0" * 64, label=None, height=8, width=8)
         for index in range(3)
     )
     return CleanSet(
@@ -47,7 +47,7 @@ def clean_set() -> CleanSet:
 )
 def test_round_trip_is_exact(tmp_path, rows, source, fraction, quarantined):
     items = tuple(
-        CleanItem(index=index, key=key, sha256=sha256, label=label)
+        CleanItem(index=index, key=key, sha256=sha256, label=label, height=8, width=8)
         for index, key, sha256, label in rows
     )
     clean_set = CleanSet(
@@ -72,8 +72,9 @@ def test_write_names_what_was_quarantined(tmp_path, clean_set):
         "items": [{"key": "bad.png", "reason": "is empty"}],
     }
     content = json.loads(path.read_text())
-    assert content["schema"] == 1
-    assert content["items"][1] == {"index": 1, "key": "1.png", "sha256": "0" * 64, "label": None}
+    assert content["schema"] == 2
+    drawn = {"index": 1, "key": "1.png", "sha256": "0" * 64, "label": None}
+    assert content["items"][1] == {**drawn, "height": 8, "width": 8}
 
 
 def test_write_without_quarantine_writes_one_file(tmp_path, clean_set):

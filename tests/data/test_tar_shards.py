@@ -68,14 +68,10 @@ def test_shards_hostile_names_are_only_keys(tmp_path):
     assert not Path("/etc/absolute.png").exists()
 
 
-def test_shards_later_member_of_the_same_name_wins(tmp_path):
-    shard = write_tar(tmp_path / "s.tar", {"1.png": b"old"})
-    with tarfile.open(shard, "a:") as archive:
-        info = tarfile.TarInfo("1.png")
-        info.size = 3
-        archive.addfile(info, io.BytesIO(b"new"))
+def test_shards_image_in_two_forms_is_one_item(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", {"1.png": b"png", "1.jpg": b"jpg", "1.cls": b"0"})
     source = open_tar_shards([shard], name="data")
-    assert (len(source), source.read(0)) == (1, b"new")
+    assert (source.keys, source.read(0)) == (("s/1",), b"jpg")
 
 
 def test_shards_class_names_come_from_the_file_beside(tmp_path):

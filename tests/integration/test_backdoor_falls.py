@@ -8,7 +8,7 @@ from mimic_fast.config import Settings
 from mimic_fast.data.sources import open_source
 from mimic_fast.demo import ASSETS, demo_settings
 from mimic_fast.distil import purify
-from mimic_fast.errors import UsageError
+from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.evaluation.attack_file import read_attack, write_attack
 from mimic_fast.evidence import write_evidence
 from mimic_fast.recipe import validated
@@ -21,7 +21,7 @@ def settings(tmp_path: Path) -> Settings:
     """The demo's, shorter, without the floor and the clean reference."""
     try:
         open_source("fashion-mnist:train")
-    except UsageError as error:
+    except (UsageError, UnsafeInputError) as error:
         pytest.skip(f"needs Fashion-MNIST: {error}")
     write_attack(tmp_path / "attack", read_attack(ASSETS / "demo_attack"))
     values = demo_settings(tmp_path).model_dump()

@@ -98,7 +98,7 @@ def test_vit_goes_through_the_whole_program(images, tmp_path):
     layers = report["mutual_information"]["layers"]
     assert [layer["tap"] for layer in layers] == TAPS
     assert all(math.isfinite(layer["weight"]) and layer["weight"] > 0 for layer in layers)
-    assert result.trained.steps == 4
+    assert result.trained.steps == 6
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000
 
     # The purified encoder takes the teacher's place: same architecture, other weights.
