@@ -83,13 +83,14 @@ void divide(const uint8_t* from, int64_t stride, int64_t length, float* __restri
 
 }  // namespace
 
+// `threads` is at least 1, and of use only up to the number of images.
 extern "C" {
 
 // Crops of the images `rows` of a dense pool [.., channels, side, side], resized, with colors.
 void views(const uint8_t* pool, int64_t side, const int64_t* rows, const float* boxes,
-           const uint8_t* flips, const Drawn* drawn, const Images* out) {
+           const uint8_t* flips, const Drawn* drawn, const Images* out, int64_t threads) {
   const int64_t image_bytes = out->channels * side * side;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
   {
     Resizer resizer(out->channels, side, out->width);
     std::vector<float> scratch;
@@ -104,13 +105,14 @@ void views(const uint8_t* pool, int64_t side, const int64_t* rows, const float* 
 
 // Images [0, 255] become [0, 1], to the bit of a division by 255, with colors if `drawn` is given.
 // `rows` may be null: the images in their order.
-void convert(const Pixels* pixels, const int64_t* rows, const Drawn* drawn, const Images* out) {
+void convert(const Pixels* pixels, const int64_t* rows, const Drawn* drawn, const Images* out,
+             int64_t threads) {
   // Without colors the planes have nothing to do with each other: one after the other, written in
   // one go, takes half the time.
   const int64_t parts = drawn || out->interleaved ? 1 : out->channels;
   const Images images{out->start,  out->count * parts, out->channels / parts,
                       out->height, out->width,         out->interleaved};
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
   {
     std::vector<float> scratch;
 #pragma omp for schedule(static)
@@ -128,8 +130,8 @@ void convert(const Pixels* pixels, const int64_t* rows, const Drawn* drawn, cons
 }
 
 // The colors of images in [0, 1], in place.
-void colors(const Drawn* drawn, const Images* images) {
-#pragma omp parallel
+void colors(const Drawn* drawn, const Images* images, int64_t threads) {
+#pragma omp parallel num_threads(threads)
   {
     std::vector<float> scratch;
 #pragma omp for schedule(static)

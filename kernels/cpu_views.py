@@ -84,6 +84,7 @@ def views(
         *(ctypes.c_void_p(_dense(tensor).data_ptr()) for tensor in (rows, box, flip)),
         ctypes.byref(_drawn(colors)),
         ctypes.byref(_images(out)),
+        _threads(out),
     )
 
 
@@ -109,6 +110,7 @@ def convert(
         None if rows is None else ctypes.c_void_p(_dense(rows).data_ptr()),
         None if colors is None else ctypes.byref(_drawn(colors)),
         ctypes.byref(_images(out)),
+        _threads(out),
     )
 
 
@@ -116,7 +118,7 @@ def change_colors(
     images: Float32[Tensor, "batch channel height width"], colors: Colors, *, library: ctypes.CDLL
 ) -> None:
     """Changes the colors of images in [0, 1], in place; they are dense in either memory format."""
-    library.colors(ctypes.byref(_drawn(colors)), ctypes.byref(_images(images)))
+    library.colors(ctypes.byref(_drawn(colors)), ctypes.byref(_images(images)), _threads(images))
 
 
 def _images(tensor: Tensor) -> _Images:
@@ -124,6 +126,11 @@ def _images(tensor: Tensor) -> _Images:
     assert not interleaved or tensor.is_contiguous(memory_format=torch.channels_last)
     assert tensor.shape[1] in (1, 3)
     return _Images(tensor.data_ptr(), *tensor.shape, interleaved)
+
+
+def _threads(images: Tensor) -> ctypes.c_int64:
+    # Asked of torch each time: OpenMP's own setting is another one in every thread of Python.
+    return ctypes.c_int64(max(1, min(torch.get_num_threads(), len(images))))
 
 
 def _drawn(colors: Colors) -> _Drawn:

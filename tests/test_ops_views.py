@@ -269,19 +269,21 @@ def test_other_arguments_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("path", ["triton", "compiled"])
 def test_a_form_that_views_do_not_have_is_refused_with_the_alternatives(path):
-    with (
-        ops.force(path),
-        pytest.raises(RuntimeError, match=f"views has no {path} form; use reference or cpp"),
-    ):
+    message = f"views are made by cpp on the CPU, or by reference, not by {path}"
+    with ops.force(path, op="views"), pytest.raises(RuntimeError, match=message):
         ops_views.plain(images(), torch.arange(5), image_size=16)
 
 
-@pytest.mark.parametrize("path", ["triton", "compiled"])
-def test_a_run_that_forces_another_form_makes_its_views_as_usual(path):
-    with ops.force_for_run(path, torch.device("cpu"), torch.float32):
-        assert ops.choose("views", torch.device("cpu")).path == "cpp"
-    with ops.force_for_run("reference", torch.device("cpu"), torch.float32):
-        assert ops.choose("views", torch.device("cpu")).reason == "forced"
+def test_what_is_forced_for_all_ops_holds_for_views_where_they_have_it():
+    cpu = torch.device("cpu")
+    cases: list[tuple[ops.Path, str]] = [
+        ("reference", "reference"),
+        ("cpp", "cpp"),
+        ("compiled", "cpp"),
+    ]
+    for path, expected in cases:
+        with ops.force_for_run(path, cpu, torch.float32):
+            assert ops.choose("views", cpu).path == expected
 
 
 def test_without_a_compiler_torch_makes_the_views_and_it_is_said_once(tmp_path: Path):

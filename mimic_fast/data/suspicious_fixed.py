@@ -17,7 +17,7 @@ from torch import Tensor
 from mimic_fast.data.suspicious_patterns import SIDE, Hit, windows_with
 
 _LEAST_PIXELS = 9  # a patch of 3x3
-_LARGEST_SHARE = 0.5  # of the image: more is no patch but the same picture
+_LARGEST_SHARE = 0.5  # of height and width: larger is no patch but the same kind of picture
 _AGREEING = 6.0  # gray levels: median deviation among carriers, at most ...
 _SHARE_OF_USUAL = 0.3  # ... this share of that among all images
 _TOLERANCE = 10.0  # gray levels, mean over the patch: compression moves flat areas less
@@ -57,8 +57,8 @@ def fixed_patches(
     usual = _usual_deviation(images)
     groups: list[PatchGroup] = []
     explained = torch.zeros(images.shape[0], dtype=torch.bool)
-    for hit in hits:
-        carriers = windows_with(gray, hit)[0]
+    for hit, windows in zip(hits, windows_with(gray, hits), strict=True):
+        carriers = windows[:, 0]
         if explained[carriers].float().mean() > 0.5:
             continue
         group = _group(images, carriers, hit, usual, least)
@@ -73,7 +73,12 @@ def _group(
 ) -> PatchGroup | None:
     assert hit.place is not None
     patch, region = _outline(images[carriers].float(), hit.place, usual)
-    if not _LEAST_PIXELS <= int(region.sum()) <= _LARGEST_SHARE * region.numel():
+    rows, columns = region.any(1).nonzero()[:, 0], region.any(0).nonzero()[:, 0]
+    if int(region.sum()) < _LEAST_PIXELS:
+        return None
+    top, left = int(rows[0]), int(columns[0])
+    height, width = int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left
+    if max(height, width) > _LARGEST_SHARE * region.shape[0]:
         return None
     distance, border = _measured(images, patch, region, (0, 0))
     near = distance <= _TOLERANCE
@@ -88,10 +93,8 @@ def _group(
             break
     else:
         return None
-    rows, columns = region.any(1).nonzero()[:, 0], region.any(0).nonzero()[:, 0]
-    top, left = int(rows[0]), int(columns[0])
     return PatchGroup(
-        place=(top, left, int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left),
+        place=(top, left, height, width),
         images=chosen.nonzero()[:, 0],
         scores=1 - distance[chosen] / _TOLERANCE,
         expected=expected,

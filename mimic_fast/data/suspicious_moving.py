@@ -45,10 +45,10 @@ def moving_patches(
     groups: list[PatchGroup] = []
     explained = explained.clone()
     searches = 0
-    for hit in hits:
+    for windows in windows_with(gray, hits):
+        image, top, left = windows.unbind(1)
         if searches == _MOST_SEARCHES:
             break
-        image, top, left = windows_with(gray, hit)
         if explained[image].float().mean() > 0.5:
             continue
         patch, region = _outline(images, image, top, left)

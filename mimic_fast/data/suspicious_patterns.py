@@ -6,7 +6,7 @@ within the data show what was pasted: a code at one place against the same code 
 places, and a code anywhere against its mirror images and its negative, which nature makes as often.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,20 +81,29 @@ def frequent_patterns(
 
 
 def windows_with(
-    gray: UInt8[Tensor, "row image column"], hit: Hit
-) -> tuple[Int[Tensor, " window"], Int[Tensor, " window"], Int[Tensor, " window"]]:
-    """Image, top and left of every window that has the code, at its place or anywhere."""
-    tops = range(gray.shape[0] - SIDE + 1) if hit.place is None else [hit.place[0]]
-    found: list[Tensor] = []
-    for top in tops:
-        for start, codes in _row_codes(gray, top, hit.coding):
-            image, left = (codes == hit.code).nonzero().unbind(1)
-            found.append(torch.stack([image + start, torch.full_like(image, top), left]))
-    image, top, left = torch.cat(found, dim=1)
-    if hit.place is not None:
-        here = left == hit.place[1]
-        image, top, left = image[here], top[here], left[here]
-    return image, top, left
+    gray: UInt8[Tensor, "row image column"], hits: Sequence[Hit]
+) -> list[Int[Tensor, "window 3"]]:
+    """Per hit: image, top and left of every window that has the code, at its place or anywhere."""
+    found: list[list[Tensor]] = [[] for _ in hits]
+    for coding in {hit.coding for hit in hits}:
+        wanted = torch.tensor([hit.code for hit in hits if hit.coding == coding])
+        for top in range(gray.shape[0] - SIDE + 1):
+            here = [
+                i
+                for i, hit in enumerate(hits)
+                if hit.coding == coding and (hit.place is None or hit.place[0] == top)
+            ]
+            if not here:
+                continue
+            for start, codes in _row_codes(gray, top, coding):
+                image, left = torch.isin(codes, wanted.int()).nonzero().unbind(1)
+                code = codes[image, left]
+                rows = torch.stack([image + start, torch.full_like(image, top), left], dim=1)
+                for i in here:
+                    place = hits[i].place
+                    mine = code == hits[i].code
+                    found[i].append(rows[mine if place is None else mine & (left == place[1])])
+    return [torch.cat(parts) for parts in found]
 
 
 def _row_codes(gray: Tensor, top: int, coding: str) -> Iterator[tuple[int, Tensor]]:

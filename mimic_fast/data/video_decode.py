@@ -28,6 +28,9 @@ _LOST = re.compile(
 )
 
 
+_MOST_HELD = 16  # more than any codec reorders
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frame:
     """One decoded frame.
@@ -87,19 +90,21 @@ def decode_frames(
     listener = threading.Thread(target=words.listen, args=(process.stderr,), daemon=True)
     listener.start()
     try:
-        held: list[Frame] = []  # the one coded last and the few shown after it
+        held: deque[Frame] = deque()  # the one coded last and the few shown after it
         with closing(_frames(process.stdout, video, size, decoding)) as frames:
             for frame in frames:
-                if frame is not None and (held or frame.pts == video.last):
-                    held.append(frame)
-                else:
+                if frame is None or video.last is None or frame.pts < video.last:
                     yield frame
+                    continue
+                held.append(frame)
+                if len(held) > _MOST_HELD:  # timestamps that began anew
+                    yield held.popleft()
         process.stdout.close()
         code = process.wait()
         listener.join()
         decoding.damage = _damage(code, words)
-        damaged = video.damage or decoding.damage
-        yield from (frame for frame in held if not (damaged and frame.pts == video.last))
+        if not (video.damage or decoding.damage):
+            yield from held
     finally:
         process.kill()  # nothing if it has ended
         process.wait()

@@ -49,7 +49,7 @@ class Video:
         packets: Coded frames in it.
         damage: What is wrong with the file; None if it is whole.
         suspects: Timestamps of frames that lack a part although they can be decoded.
-        last: Timestamp of a frame that lacks its end if the file does; None where it cannot be.
+        last: Timestamp of the frame that lacks its end if the file does; None where none can.
     """
 
     path: Path

@@ -9,19 +9,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mimic_fast.data.video_tail import torn_end
+
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
     from av.video.stream import VideoStream
 
-# Formats that do not say how large a coded frame is: where the file breaks off within one, what is
-# there of it passes for whole. They are read without dropping damaged packets, so that the packets
-# of this walk are those that FFmpeg decodes.
-SIZELESS = {"mpegts", "mpeg"}
+# Formats in which a coded frame has no size, or FFmpeg does not hold it to one: where the file
+# breaks off within a frame, what is there of it passes for whole. They are decoded without dropping
+# damaged packets, so that the packets seen here are those that FFmpeg decodes.
+SIZELESS = {"mpegts", "mpeg", "gif", "asf"}
 # Formats whose header says how long the video is; elsewhere the length is read off the packets.
 _LENGTH_IN_HEADER = {"mov", "matroska", "avi", "flv", "asf"}
-_SLACK = Fraction(1, 2)  # seconds by which a header may err
-_PACKET, _LONG_PACKET, _SYNC = 188, 192, b"\x47"  # of transport streams; the long has a time first
+_SLACK = Fraction(1, 5)  # seconds by which a header may err
 _TRIED = 64  # packets decoded at most to see a first frame
 
 
@@ -70,8 +71,7 @@ def walk_packets(container: "InputContainer", stream: "VideoStream", path: Path)
     except FFmpegError as error:
         walk.damage = f"reading its packets ended with: {error.strerror}"
     kind = format_kind(container)
-    if kind == "mpegts" and walk.damage is None:
-        walk.damage = _torn_transport(path)
+    walk.damage = walk.damage or torn_end(path, kind)
     if kind not in SIZELESS:
         walk.suspects.clear()
         walk.last = None
@@ -102,15 +102,6 @@ def missing_end(promised: Fraction | None, walk: Walk) -> str | None:
     if promised - walk.reached <= max(_SLACK, 2 * between):
         return None
     return f"it ends at {float(walk.reached):.2f} of {float(promised):.2f} seconds"
-
-
-def _torn_transport(path: Path) -> str | None:
-    """What is wrong where a transport stream ends within one of its packets, all of one length."""
-    with path.open("rb") as file:
-        head = file.read(_LONG_PACKET + 5)
-    long = head[4:5] == head[_LONG_PACKET + 4 :] == _SYNC and head[:1] != _SYNC
-    torn = path.stat().st_size % (_LONG_PACKET if long else _PACKET)
-    return "it ends within a transport packet" if torn else None
 
 
 def _rotation(packet: "Packet") -> int | None:

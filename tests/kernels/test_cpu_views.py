@@ -1,4 +1,5 @@
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,25 @@ def test_views_are_the_same_bits_anywhere_in_any_batch_for_any_threads(
                 for ids in shuffled.split(batch):
                     found = view(pool, ids, some(ids), size, library)
                     assert torch.equal(found, expected[ids]), (threads, batch)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_are_torchs_in_whatever_thread_it_is_called(library, threads):
+    # A loader works ahead in a thread of its own, for which OpenMP has a number of its own.
+    pool, rows, drawn = images(6, 3, 24), torch.arange(6), parameters(6, 24)
+
+    def started() -> int:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        view(pool, rows, drawn, 16, library)
+        return len(list(Path("/proc/self/task").iterdir())) - before
+
+    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            assert executor.submit(started).result() == threads - 1
     finally:
         torch.set_num_threads(1)
 

@@ -78,6 +78,7 @@ def test_every_command_has_help():
         ["attack", "badencoder"],
         ["pretrain"],
         ["inspect"],
+        ["frames"],
         ["bench", "loss"],
         ["bench", "mi"],
         ["config", "show"],
