@@ -63,7 +63,7 @@ def loader_rows(source: str, mode: str, args: argparse.Namespace, place: Any) ->
         "bare DALI": bare_dali(work),
         **ours(source, count, work),
     }
-    calls = dict.fromkeys(candidates, args.calls)
+    calls = {name: int(args.calls) for name in candidates}
     calls["mimic_fast, decoded once"] *= 8
     timings = interleaved(
         {name: lambda batches=batches: next(batches) for name, batches in candidates.items()},
@@ -78,9 +78,7 @@ def loader_rows(source: str, mode: str, args: argparse.Namespace, place: Any) ->
     for name, timing in timings.items():
         case = Case(op="loader", impl=name, mode=mode, shape=f"{kind} {args.batch}x3x{size}x{size}")
         rates = [args.batch / seconds for seconds in timing.cpu]
-        rows.append(
-            spread_row(case, "rate", "images/CPU-s", rates, max(rates), place.machine)
-        )
+        rows.append(spread_row(case, "rate", "images/CPU-s", rates, max(rates), place.machine))
         for peer in ("bare DALI", "Pillow + torchvision v2"):
             if name.startswith("mimic_fast"):
                 other = timings[peer].cpu

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mimic_fast.errors import MachineError, MimicError, StoppedError, UsageError
-from mimic_fast.launch.commands import attack, bench, config
+from mimic_fast.launch.commands import attack, bench, config, data
 from mimic_fast.launch.commands.aot import aot
 from mimic_fast.launch.commands.demo import demo
 from mimic_fast.launch.commands.evaluate import evaluate
@@ -39,6 +39,7 @@ for command in (demo, purify, locate, evaluate):
 app.add_typer(attack.app, name="attack")
 for command in (pretrain, inspect, frames, aot):
     app.command()(command)
+app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 

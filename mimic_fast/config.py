@@ -74,8 +74,8 @@ class DataSettings(Frozen):
 
     source: str | None = Field(
         default=None,
-        description="image folder, tar shards (path or glob), video, Hugging Face data set on disk, "
-        "or 'fashion-mnist:train'",
+        description="image folder, tar shards (path or glob), video, Hugging Face data set on "
+        "disk, or 'fashion-mnist:train'",
     )
     clean_set: Path | None = Field(
         default=None,
@@ -103,7 +103,10 @@ class DataSettings(Frozen):
     )
     max_item_mb: float = Field(default=256.0, gt=0, description="stored size allowed for one item")
     max_megapixels: float = Field(
-        default=64.0, gt=0, le=178, description="pixels allowed in one image; more is a decompression bomb"
+        default=64.0,
+        gt=0,
+        le=178,
+        description="pixels allowed in one image; more is a decompression bomb",
     )
     backend: Literal["auto", "torch", "dali"] = Field(
         default="auto", description="what makes the views; auto says which it took and why"

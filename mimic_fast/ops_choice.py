@@ -129,7 +129,7 @@ def cpu_library(name: str) -> "ctypes.CDLL":
 
 def _hindrance(path: Path, op: Op, device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why a path cannot run, with what can be used; None if it can."""
-    if op == "views" and (path not in VIEW_PATHS or device.type != "cpu" and path == "cpp"):
+    if op == "views" and (path not in VIEW_PATHS or (path == "cpp" and device.type != "cpu")):
         return f"views are made by cpp on the CPU, or by reference, not by {path} on {device.type}"
     if path == "triton":
         return _no_triton(op, device, dtype)

@@ -91,9 +91,7 @@ def pretrain(
     warn_ignored(settings.loss, ("teacher_view",), prefix="loss", user="pre-training")
     if settings.loss.clone or settings.loss.attention_weight:
         warnings.warn("pre-training ignores loss.clone and loss.attention_weight", stacklevel=2)
-    source = open_source(
-        settings.data.source, limits=limits_of(settings.data), report=report
-    )
+    source = open_source(settings.data.source, limits=limits_of(settings.data), report=report)
     report(Event(phase="load", message=f"{len(source)} images of {source.name}"))
     pool, _ = load_images(
         source,

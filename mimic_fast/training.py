@@ -116,9 +116,7 @@ def train(
         UsageError: If a saved state belongs to another run.
     """
     loop = _Loop(task, settings, accelerator, processes)
-    loader = Loader(
-        task.images, settings=settings, image_size=loop.image_size, processes=processes
-    )
+    loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
     first = loop.resume(loader.name) if settings.run.resume == "auto" else 0
     start = time.perf_counter()
     with loader.batches(first, loop.total_steps) as batches:

@@ -26,6 +26,7 @@ LAYERS = [
         "layer_losses",
         "mutual_information",
         "data",
+        "ops_views",
         "checkpoint",
         "training_state",
         "metrics_log",
@@ -55,11 +56,24 @@ ONLY = {
     "triton": {"kernels", "ops_choice"},
     "nvidia": {"data"},
     "ffmpeg": {"data"},
+    "av": {"data"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
     "deepspeed": set(),
     "typer": {"launch"},
     "rich": {"launch"},
 }
-HEAVY = {"timm", "torchvision", "matplotlib", "accelerate", "transformers", "rich", "jinja2"}
+HEAVY = {
+    "datasets",
+    "pyarrow",
+    "timm",
+    "torchvision",
+    "matplotlib",
+    "accelerate",
+    "transformers",
+    "rich",
+    "jinja2",
+}
 
 
 @dataclass(frozen=True)

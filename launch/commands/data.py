@@ -12,7 +12,7 @@ from mimic_fast.errors import UnsafeInputError
 from mimic_fast.launch.arguments import Json, print_json
 
 if TYPE_CHECKING:
-    from mimic_fast.data.check import DataCheck
+    from mimic_fast.data.check_result import DataCheck
 
 app = typer.Typer(help="Look into data sources.")
 
@@ -50,7 +50,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Decode every item; list corrupt items, duplicates and images that look tampered with."""
-    from mimic_fast.data.check import check_source, data_check_json
+    from mimic_fast.data.check import check_source
+    from mimic_fast.data.check_result import data_check_json
     from mimic_fast.data.sources import open_source
     from mimic_fast.files import write_atomic
     from mimic_fast.launch.progress import progress_bars

@@ -182,7 +182,9 @@ def _implant(
         losses = _losses(student, images[ids], kept[ids], goal, goal_features, views, trigger)
         set_learning_rate(
             optimizer,
-            learning_rate(step, total_steps=total, steps_per_epoch=float(per_epoch), settings=optim),
+            learning_rate(
+                step, total_steps=total, steps_per_epoch=float(per_epoch), settings=optim
+            ),
         )
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()

@@ -9,14 +9,15 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mimic_fast.data.check_result import DataCheck, Size, Suspect
 from mimic_fast.data.duplicates import equal_groups, near_groups
 from mimic_fast.data.images import center_square, resized, with_channels
 from mimic_fast.data.items import CorruptItemError, Source
@@ -29,68 +30,6 @@ _SMALLEST_SIDE = 8
 _PROBED = 64  # images that decide on the side
 _IN_MEMORY = 2**30  # bytes of squares; more are kept in a temporary file
 _REPORT_EVERY = 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
-    """How many images have one size."""
-
-    width: int
-    height: int
-    channels: int
-    images: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Suspect:
-    """A suspicious image; the fields are those of ``SuspiciousImage``, by key."""
-
-    key: str
-    reason: str
-    score: float
-    group: int | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataCheck:
-    """What was found in a source.
-
-    Args:
-        source: Its name.
-        items: How many it has.
-        checked: How many were read, all unless a limit was given.
-        good: How many of these are images.
-        item_bytes: Stored bytes of the checked items.
-        labels: Checked items per class, by name or number; None: the source has no labels.
-        sizes: The image sizes, the most frequent first.
-        side: Side of the squares that were searched, pixels.
-        corrupt: Key and reason of each item that is no good image.
-        same_bytes: Keys of items with the very same bytes, in groups.
-        same_pixels: Of items with the very same pixels, where the bytes differ.
-        near_duplicates: Of items that show nearly the same picture, where the pixels differ.
-        groups: What many images share and should not.
-        suspicious: Each suspicious image, once.
-    """
-
-    source: str
-    items: int
-    checked: int
-    good: int
-    item_bytes: int
-    labels: dict[str, int] | None
-    sizes: tuple[Size, ...]
-    side: int
-    corrupt: tuple[tuple[str, str], ...]
-    same_bytes: tuple[tuple[str, ...], ...]
-    same_pixels: tuple[tuple[str, ...], ...]
-    near_duplicates: tuple[tuple[str, ...], ...]
-    groups: tuple[SuspiciousGroup, ...]
-    suspicious: tuple[Suspect, ...]
-
-    @property
-    def suspicious_share(self) -> float:
-        """Suspicious images as a share of the good ones."""
-        return len(self.suspicious) / max(1, self.good)
 
 
 def check_source(
@@ -116,21 +55,15 @@ def check_source(
         raise UsageError(f"image size must be at least {_SMALLEST_SIDE} pixels, got {image_size}")
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1 item, got {limit}")
-    indices = _spread(len(source), len(source) if limit is None else min(limit, len(source)))
+    count = len(source) if limit is None else min(limit, len(source))
+    indices = _spread(len(source), count)
     side = image_size or _usual_side(source, indices)
     seen = _read_all(source, indices, side, report)
-    squares = seen.squares[: len(seen.good)]
-    keys = [source.keys[index] for index in seen.good]
-    report(Event(phase="duplicates", done=0, total=1, unit="steps"))
-    same_bytes, same_pixels = equal_groups(seen.byte_digests), equal_groups(seen.pixel_digests)
-    near = near_groups(squares)
-    report(Event(phase="duplicates", done=1, total=1, unit="steps"))
-    groups, suspicious = find_suspicious(squares, report=report)
     return DataCheck(
         source=source.name,
         items=len(source),
         checked=len(indices),
-        good=len(keys),
+        good=len(seen.good),
         item_bytes=seen.item_bytes,
         labels=_label_counts(source, indices),
         sizes=tuple(
@@ -139,22 +72,16 @@ def check_source(
         ),
         side=side,
         corrupt=tuple(seen.corrupt),
-        same_bytes=_named(same_bytes, keys),
-        same_pixels=_named(_differing(same_pixels, seen.byte_digests), keys),
-        near_duplicates=_named(_differing(near, seen.pixel_digests), keys),
-        groups=groups,
-        suspicious=tuple(
-            Suspect(key=keys[each.index], reason=each.reason, score=each.score, group=each.group)
-            for each in suspicious
-        ),
+        **_searched(seen, [source.keys[index] for index in seen.good], report),
     )
 
 
-def data_check_json(check: DataCheck) -> dict[str, Any]:
-    """The result as plain values, corrupt items by name."""
-    values = asdict(check)
-    values["corrupt"] = [{"key": key, "reason": reason} for key, reason in check.corrupt]
-    return {"schema": 1, **values, "suspicious_share": check.suspicious_share}
+class _Findings(TypedDict):
+    same_bytes: tuple[tuple[str, ...], ...]
+    same_pixels: tuple[tuple[str, ...], ...]
+    near_duplicates: tuple[tuple[str, ...], ...]
+    groups: tuple[SuspiciousGroup, ...]
+    suspicious: tuple[Suspect, ...]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,6 +121,37 @@ def _read_all(source: Source, indices: Sequence[int], side: int, report: Reporte
         if done % _REPORT_EVERY == 0 or done == len(indices):
             report(Event(phase="data check", done=done, total=len(indices), unit="images"))
     return seen
+
+
+def _searched(seen: _Seen, keys: Sequence[str], report: Reporter) -> _Findings:
+    """Duplicates and suspicious images; of near duplicates, which share all, one is searched.
+
+    The squares are moved up in place.
+    """
+    squares = seen.squares[: len(keys)]
+    report(Event(phase="duplicates", done=0, total=1, unit="steps"))
+    same_bytes, same_pixels = equal_groups(seen.byte_digests), equal_groups(seen.pixel_digests)
+    near = near_groups(squares)
+    report(Event(phase="duplicates", done=1, total=1, unit="steps"))
+    copies = {index for group in near for index in group[1:]}
+    kept = [index for index in range(len(keys)) if index not in copies]
+    for place, index in enumerate(kept if copies else ()):
+        squares[place] = squares[index]
+    groups, found = find_suspicious(squares[: len(kept)], report=report)
+    same: dict[bytes, list[int]] = {}
+    for index, digest in enumerate(seen.pixel_digests):
+        same.setdefault(digest, []).append(index)
+    return _Findings(
+        same_bytes=_named(same_bytes, keys),
+        same_pixels=_named(_differing(same_pixels, seen.byte_digests), keys),
+        near_duplicates=_named(_differing(near, seen.pixel_digests), keys),
+        groups=groups,
+        suspicious=tuple(
+            Suspect(key=keys[index], reason=each.reason, score=each.score, group=each.group)
+            for each in found
+            for index in same[seen.pixel_digests[kept[each.index]]]
+        ),
+    )
 
 
 def _room(count: int, side: int) -> Tensor:

@@ -236,8 +236,8 @@ def _check_budget(size: int, settings: DataSettings, requested: int, *, name: st
         return
     raise UsageError(
         f"{name}: {requested} clean images are {requested / size:.3%} of {size} pre-training "
-        f"images, over the budget of {settings.budget:.3%}; draw fewer, set data.pretraining_size if the "
-        "teacher saw more images, or pass --allow-budget"
+        f"images, over the budget of {settings.budget:.3%}; draw fewer, set "
+        "data.pretraining_size if the teacher saw more images, or pass --allow-budget"
     )
 
 

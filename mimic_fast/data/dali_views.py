@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimic_fast import ops_views
 from mimic_fast.data.stored import StoredFiles, file_boxes
+from mimic_fast.data.view_parameters import ViewParameters
 from mimic_fast.data.views import DrawnStep
 from mimic_fast.errors import UsageError
 
@@ -84,8 +85,8 @@ class DaliViews:
             step, first = (first, None) if first is not None else (next(steps), None)
             fed.append(step)
             files = [np.frombuffer(self._files.read(i), np.uint8) for i in step.ids.tolist()]
-            edges = [edge for drawn in step.views for edge in self._edges(step, drawn)]
-            return (files, *edges)
+            cuts = [part for drawn in step.views for part in self._cuts(step, drawn)]
+            return (files, *cuts)
 
         pipeline = self._pipeline(feed, batch=len(first.ids), views=len(first.views))
         while True:
@@ -94,13 +95,21 @@ class DaliViews:
             except StopIteration:
                 return
             step = fed.popleft()
-            yield step, [
-                ops_views.from_crops(_pixels(crops), drawn, channels_last=self._last)
-                for crops, drawn in zip(outputs, step.views, strict=True)
-            ]
+            yield (
+                step,
+                [
+                    ops_views.from_crops(_pixels(crops), drawn, channels_last=self._last)
+                    for crops, drawn in zip(outputs, step.views, strict=True)
+                ],
+            )
 
     def _pipeline(self, feed: Any, *, batch: int, views: int) -> Any:
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali import fn as dali_fn
+        from nvidia.dali import types as dali_types
+        from nvidia.dali.pipeline import Pipeline
+
+        fn: Any = dali_fn  # generated: no checker knows what is in them
+        types: Any = dali_types
 
         on_gpu = self._device.type == "cuda"
         pipeline = Pipeline(
@@ -110,35 +119,47 @@ class DaliViews:
             prefetch_queue_depth=self._ahead,
         )
         with pipeline:
-            encoded, *edges = fn.external_source(feed, num_outputs=1 + 2 * views, batch=True)
+            encoded, *given = fn.external_source(feed, num_outputs=1 + 4 * views, batch=True)
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.GRAY if self._gray else types.RGB,
                 adjust_orientation=False,  # as the other backend, and the usual training pipelines
             )
-            crops = [
-                fn.resize(
+            crops: list[Any] = []
+            for view in range(views):
+                start, length, left, right = given[4 * view : 4 * view + 4]
+                # Cut first: resizing a region looks beyond its edge, torchvision does not.
+                cut = fn.slice(
                     images,
-                    size=[self._size, self._size],
-                    roi_start=edges[2 * view],
-                    roi_end=edges[2 * view + 1],
-                    interp_type=types.INTERP_LINEAR,
-                    antialias=True,
+                    start,
+                    length,
+                    axes=(0, 1),
+                    normalized_anchor=False,
+                    normalized_shape=False,
                 )
-                for view in range(views)
-            ]
+                crops.append(
+                    fn.resize(
+                        cut,
+                        size=[self._size, self._size],
+                        roi_start=left,
+                        roi_end=right,
+                        roi_relative=True,
+                        interp_type=types.INTERP_LINEAR,
+                        antialias=True,
+                    )
+                )
             pipeline.set_outputs(*crops)
         pipeline.build()
         return pipeline
 
-    def _edges(self, step: DrawnStep, drawn: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Where crops start and end, y and x; a crop that ends before it starts is mirrored."""
+    def _cuts(self, step: DrawnStep, drawn: ViewParameters) -> tuple[np.ndarray, ...]:
+        """Start and size of crops (y, x), and from where to where each is read: mirrored or not."""
         box = file_boxes(drawn, self._sizes[step.ids], side=self._side)
-        start, end = box[:, :2], box[:, :2] + box[:, 2:]
-        end = torch.minimum(end, self._sizes[step.ids])
-        flip = torch.stack([torch.zeros_like(drawn.flip), drawn.flip], dim=1)
-        return torch.where(flip, end, start).numpy(), torch.where(flip, start, end).numpy()
+        left = torch.stack([torch.zeros_like(drawn.flip), drawn.flip], dim=1).float()
+        right = torch.stack([torch.ones_like(drawn.flip), ~drawn.flip], dim=1).float()
+        parts = (box[:, :2], box[:, 2:], left, right)
+        return tuple(part.contiguous().numpy() for part in parts)
 
 
 def _pixels(crops: Any) -> Tensor:

@@ -22,7 +22,7 @@ _THUMB = 8  # pixels
 _SCALE = 50.0  # gray levels, the contrast that all are brought to
 _FLOOR = 16.0  # gray levels; weaker contrast is not raised to the full one, noise would decide
 _THUMB_LIMIT = 4.0  # gray levels at that scale, root mean square
-_PIXEL_LIMIT = 9.0
+_PIXEL_LIMIT = 12.0
 _DIRECTIONS = 4
 _CROWD = 512  # members of a cell that are all compared with each other
 _TOGETHER = 8192
@@ -52,7 +52,7 @@ def near_groups(
     for first, second in _candidates(thumbs):
         near = (thumbs[first] - thumbs[second]).square().mean(dim=1).sqrt() <= _THUMB_LIMIT
         _join(parents, images, first[near], second[near])
-    roots = np.array([_root(parents, i) for i in range(len(images))])
+    roots = _roots(parents)
     order = np.argsort(roots, kind="stable")
     starts = np.flatnonzero(np.diff(roots[order], prepend=-1))
     groups = np.split(order, starts[1:])
@@ -122,17 +122,26 @@ def _expanded(start: Tensor, count: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _join(parents: np.ndarray, images: Tensor, first: Tensor, second: Tensor) -> None:
-    """Joins the pairs that are alike in all pixels."""
+    """Joins the pairs that are alike in all pixels; those already joined are not looked at."""
     for a, b in zip(first.split(_TOGETHER), second.split(_TOGETHER), strict=True):
-        ours, theirs = _normal(images[a].float().flatten(1)), _normal(images[b].float().flatten(1))
+        roots = torch.from_numpy(_roots(parents))
+        apart = roots[a] != roots[b]
+        ours, theirs = (_normal(images[part[apart]].float().flatten(1)) for part in (a, b))
         alike = (ours - theirs).square().mean(dim=1).sqrt() <= _PIXEL_LIMIT
-        for one, other in zip(a[alike].tolist(), b[alike].tolist(), strict=True):
+        pairs = zip(a[apart][alike].tolist(), b[apart][alike].tolist(), strict=True)
+        for one, other in pairs:
             low, high = sorted((_root(parents, one), _root(parents, other)))
             parents[high] = low
 
 
 def _root(parents: np.ndarray, position: int) -> int:
     while parents[position] != position:
-        parents[position] = parents[parents[position]]
         position = int(parents[position])
     return position
+
+
+def _roots(parents: np.ndarray) -> np.ndarray:
+    """The root of every position, which then is its parent: later walks are short."""
+    while not np.array_equal(parents[parents], parents):
+        parents[:] = parents[parents]
+    return parents

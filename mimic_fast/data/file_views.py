@@ -1,16 +1,15 @@
 """Views from the stored files, decoded in threads in every pass (backend torch, every_time).
 
-Pillow decodes and resizes without holding Python's lock, so that threads do what processes would,
-without copies of the data set or of the interpreter.
+Decoding and resizing do not hold Python's lock, so that threads do what processes would, without
+copies of the data set or of the interpreter.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimic_fast import ops_views
@@ -77,18 +76,12 @@ class FileViews:
         item = int(step.ids[row])
         pixels = with_channels(self._files.decode(self._files.read(item)), self._channels)
         sizes = torch.tensor([pixels.shape[1:]]).float()
-        image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).squeeze(2).numpy()))
         crops: list[Tensor] = []
         for drawn in step.views:
-            (box,) = file_boxes(drawn.row(row), sizes, side=self._side).tolist()
-            crop = np.array(_cut(image, box, self._size))
-            crop = torch.from_numpy(crop).view(self._size, self._size, -1).permute(2, 0, 1)
+            (box,) = file_boxes(drawn.row(row), sizes, side=self._side).long().tolist()
+            top, left, height, width = box
+            cut = pixels[None, :, top : top + height, left : left + width]
+            size = (self._size, self._size)
+            (crop,) = F.interpolate(cut, size=size, mode="bilinear", antialias=True)
             crops.append(crop.flip(2) if drawn.flip[row] else crop)
         return crops
-
-
-def _cut(image: Image.Image, box: list[float], size: int) -> Image.Image:
-    """The crop resized; antialiased, with the triangle filter cut at the crop's edge."""
-    top, left, height, width = box
-    right, bottom = min(left + width, image.width), min(top + height, image.height)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))

@@ -49,9 +49,7 @@ class StoredFiles:
         if item not in self._checked:
             drawn = self.items[item]
             if hashlib.sha256(data).hexdigest() != drawn.sha256:
-                raise UnsafeInputError(
-                    f"{drawn.key} of {self.name} has changed since it was drawn"
-                )
+                raise UnsafeInputError(f"{drawn.key} of {self.name} has changed since it was drawn")
             self._checked.add(item)
         return data
 
@@ -79,10 +77,10 @@ def stored_files(source: Source, items: Sequence[CleanItem]) -> StoredFiles:
 def file_boxes(
     drawn: ViewParameters, sizes: Float[Tensor, "batch 2"], *, side: int
 ) -> Float[Tensor, "batch 4"]:
-    """Crops in pixels of the stored files: top, left, height and width, not rounded.
+    """Crops in whole pixels of the stored files: top, left, height and width.
 
     Crops are drawn in pixels of the stored square of ``side`` pixels, which is the largest one at
-    the center of the file's image, resized.
+    the center of the file's image, resized. Edges go to the nearest pixel.
 
     Args:
         drawn: The view's parameters.
@@ -92,8 +90,10 @@ def file_boxes(
     height, width = sizes.double().unbind(1)
     square = torch.minimum(height, width)
     scale = (square / side)[:, None]
-    top, left = ((height - square) / 2).floor(), ((width - square) / 2).floor()
-    box = drawn.box.double() * scale
-    box[:, 0] += top
-    box[:, 1] += left
-    return box.float()
+    margin = ((torch.stack([height, width], dim=1) - square[:, None]) / 2).floor()
+    box = drawn.box.double()
+    start = (box[:, :2] * scale).round()
+    end = ((box[:, :2] + box[:, 2:]) * scale).round()
+    length = (end - start).clamp(min=1)  # of a file much smaller than the stored squares
+    start = torch.minimum(start, square[:, None] - length)
+    return torch.cat([margin + start, length], dim=1).float()

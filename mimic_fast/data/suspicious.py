@@ -14,8 +14,9 @@ from torch import Tensor
 from mimic_fast.data.images import with_channels
 from mimic_fast.data.suspicious_fixed import fixed_patches
 from mimic_fast.data.suspicious_moving import moving_patches
+from mimic_fast.data.suspicious_overlays import overlays
 from mimic_fast.data.suspicious_patterns import frequent_patterns
-from mimic_fast.data.suspicious_spectrum import energy_outliers, overlays, spectra
+from mimic_fast.data.suspicious_spectrum import energy_outliers, spectra
 from mimic_fast.progress import Event, Reporter, silent
 
 SMALLEST = 16  # pixels; smaller images are not searched

@@ -107,7 +107,7 @@ def windows_with(
 
 
 def _row_codes(gray: Tensor, top: int, coding: str) -> Iterator[tuple[int, Tensor]]:
-    """First image and codes ``[image, left]`` of the windows of one row; -1: too little contrast."""
+    """First image and codes ``[image, left]`` of one row of windows; -1: too little contrast."""
     places = gray.shape[2] - SIDE + 1
     for start in range(0, gray.shape[1], _TOGETHER):
         rows = gray[top : top + SIDE, start : start + _TOGETHER].to(torch.int16)

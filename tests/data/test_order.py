@@ -64,9 +64,7 @@ def test_shares_of_all_processes_make_the_batch_of_one(images, share, world, ste
     assume(images >= batch_size)
 
     def items(processes: Processes) -> Tensor:
-        found = step_items(
-            step, images=images, batch_size=batch_size, seed=5, processes=processes
-        )
+        found = step_items(step, images=images, batch_size=batch_size, seed=5, processes=processes)
         return torch.stack(found)
 
     shares = [items(processes) for processes in ranks(world)]

@@ -86,9 +86,7 @@ def recipe(request, tmp_path, teacher, images) -> Path:
     if request.param == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     path = tmp_path / "recipe.toml"
-    path.write_text(
-        RECIPE.format(teacher=teacher, images=images / "train", backend=request.param)
-    )
+    path.write_text(RECIPE.format(teacher=teacher, images=images / "train", backend=request.param))
     return path
 
 

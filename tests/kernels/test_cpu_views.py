@@ -224,6 +224,17 @@ def test_each_color_change_alone_equals_the_oracle(library, index, share, channe
         assert not torch.equal(found, crops)
 
 
+def test_hues_beyond_half_a_turn_go_round(library):
+    crops = images(5, 3, 29).float() / 255
+    amounts = torch.zeros(5, 4)
+    amounts[:, 3] = torch.tensor([0.8, -1.3, 2.25, -3.0, 7.49])
+    drawn = still(5, 29, jittered=torch.ones(5, dtype=torch.bool), amounts=amounts)
+
+    found = changed(crops, drawn, library)
+
+    torch.testing.assert_close(found.double(), colored(crops, drawn), **COLORS)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_order_of_changes_equals_the_oracle(library, channels):
     orders = torch.tensor(list(permutations(range(4))))
