@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from mimic_fast import ops
 from mimic_fast.config import EncoderSpec, LossSettings, Settings
-from mimic_fast.data.loader import Batch
-from mimic_fast.data.loader import TrainingImages
+from mimic_fast.data.loader import Batch, TrainingImages
 from mimic_fast.distributed import SINGLE, start
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps

@@ -15,8 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from mimic_fast.config import EncoderSpec, Settings
-from mimic_fast.distil import purify
 from mimic_fast.data.loader import TrainingImages
+from mimic_fast.distil import purify
 from mimic_fast.distributed import start
 from mimic_fast.encoders.build import build_encoder
 from mimic_fast.encoders.export import export_encoder

@@ -254,7 +254,7 @@ def test_dali_is_refused_where_it_cannot_run(folder):
     found = images(run)
 
     without = TrainingImages(squares=found.squares)
-    with pytest.raises(UsageError, match="decoded once; leave data.backend"):
+    with pytest.raises(UsageError, match=r"decoded once; leave data\.backend"):
         choose_backend(without, settings=run, image_size=SIZE, device=CPU)
 
 

@@ -47,7 +47,7 @@ def main(folder: str, backend: str, decode: str) -> None:
         for step, batch in enumerate(batches, start=1):
             assert len(batch.ids) == BATCH
             if step % (COUNT // BATCH) == 0:
-                print(resident())
+                sys.stdout.write(f"{resident()}\n")
 
 
 def resident() -> float:
