@@ -1,6 +1,6 @@
 """Images per CPU-second of data loaders: ours, Pillow, torchvision and bare DALI.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_loader.py SOURCE...   # folders or tar shards of JPEG
+    OMP_NUM_THREADS=1 python benchmarks/bench_loader.py SOURCE...   # tar shards of JPEG files
 
 ``two views``: crops, flips, color jitter and gray; ``two crops``: without colors; ``one image``:
 resized, center crop, float, no augmentation. Ours three ways: squares decoded once, files decoded
@@ -52,6 +52,7 @@ def loader_rows(source: str, mode: str, args: argparse.Namespace, place: Any) ->
     count = min(args.images, len(opened))
     work = Work(
         files=[opened.read(index) for index in range(count)],
+        shards=shards(source),
         size=size,
         batch=args.batch,
         mode=mode,  # pyright: ignore[reportArgumentType]
@@ -141,6 +142,12 @@ def ours(source: str, count: int, work: Any) -> dict[str, Iterator[Any]]:
     return found
 
 
+def shards(source: str) -> list[str]:
+    """The tar files of a source, for DALI's own reader."""
+    path = Path(source)
+    return [str(path)] if path.is_file() else sorted(map(str, path.glob("*.tar")))
+
+
 def settled_clock(candidate: Callable[[], object], calls: int) -> tuple[float, float]:
     """Seconds a call, and CPU seconds a call until the process is idle again."""
     settle()
@@ -164,7 +171,7 @@ def settle() -> None:
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("sources", nargs="+", help="folders or tar shards of JPEG files")
+    parser.add_argument("sources", nargs="+", help="tar shards of JPEG files, or folders of them")
     parser.add_argument("--modes", nargs="+", default=["two views", "two crops", "one image"])
     parser.add_argument("--images", type=int, default=512, help="files of each source (512)")
     parser.add_argument("--batch", type=int, default=64, help="images a batch (64)")

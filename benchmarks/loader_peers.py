@@ -7,7 +7,7 @@ this process. They draw their own random numbers, from the distributions of ``Da
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle, islice
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ class Work:
     """What is asked for: the views of ``mode`` at ``size`` pixels, ``batch`` images at a time."""
 
     files: Sequence[bytes]
+    shards: Sequence[str]
     size: int
     batch: int
     mode: Mode
@@ -86,7 +87,7 @@ def torchvision_decoder(work: Work) -> Iterator[list[Tensor]]:
 
 
 def bare_dali(work: Work) -> Iterator[list[Tensor]]:
-    """DALI alone, its own random operators; outputs as they are, not copied."""
+    """DALI alone, its own reader and random operators; outputs as they are, not copied."""
     from nvidia.dali import fn as dali_fn
     from nvidia.dali import types as dali_types
     from nvidia.dali.pipeline import Pipeline
@@ -96,8 +97,6 @@ def bare_dali(work: Work) -> Iterator[list[Tensor]]:
 
     data, size = work.data, work.size
     low, high = data.crop_ratio
-    files = [np.frombuffer(file, np.uint8) for file in work.files]
-    endless = cycle(files)
 
     def jittered(images: Any) -> Any:
         chosen = fn.random.coin_flip(probability=data.jitter_probability)
@@ -116,7 +115,12 @@ def bare_dali(work: Work) -> Iterator[list[Tensor]]:
 
     pipeline = Pipeline(batch_size=work.batch, num_threads=1, device_id=None, seed=1)
     with pipeline:
-        encoded = fn.external_source(lambda: list(islice(endless, work.batch)), batch=True)
+        encoded = fn.readers.webdataset(
+            paths=list(work.shards),
+            ext=["jpg"],
+            random_shuffle=True,
+            missing_component_behavior="error",
+        )
         images = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
         views = []
         for _ in range(1 if work.mode == "one image" else 2):

@@ -78,6 +78,7 @@ class Trained:
         images_per_second: Training images (not views) of this call.
         skipped: Steps that were skipped because something was not finite.
         waited: Seconds of this call in which a step waited for its batch.
+        waited_first: Of them for the first batch, while decoders and threads started.
     """
 
     steps: int
@@ -85,6 +86,7 @@ class Trained:
     images_per_second: float
     skipped: int
     waited: float
+    waited_first: float
 
 
 def train(
@@ -145,6 +147,7 @@ def train(
         images_per_second=(loop.total_steps - first) * loop.batch_size / seconds,
         skipped=loop.skipped,
         waited=batches.waited,
+        waited_first=batches.waited_first or 0.0,
     )
 
 

@@ -6,6 +6,7 @@ surfaces where it can be named.
 """
 
 import io
+import os
 import re
 import struct
 import warnings
@@ -158,9 +159,12 @@ def read_range(path: Path, offset: int, size: int, limits: Limits = DEFAULT_LIMI
     """
     check_size(size, limits)
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
+        # Not a file object: half of the time to read a small image was spent on making one.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(file, size, offset)
+        finally:
+            os.close(file)
     except OSError as error:
         raise CorruptItemError(f"cannot be read: {error.strerror}") from None
     if len(data) != size:

@@ -23,6 +23,7 @@ class Prefetched(Generic[T]):
 
     def __init__(self, items: Iterator[T], *, depth: int) -> None:
         self.waited = 0.0  # seconds, over all items
+        self.waited_first: float | None = None  # of them for the first item: the backend's start
         self._items = items
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(max(1, depth))
         self._stopped = threading.Event()
@@ -53,6 +54,8 @@ class Prefetched(Generic[T]):
             item, error = self._ready.get()
         finally:
             self.waited += time.perf_counter() - began
+            if self.waited_first is None:
+                self.waited_first = self.waited
         if error is not None:
             self._stopped.set()
             raise error

@@ -20,6 +20,7 @@ from mimic_fast.data.suspicious_spectrum import energy_outliers, spectra
 from mimic_fast.progress import Event, Reporter, silent
 
 SMALLEST = 16  # pixels; smaller images are not searched
+FEWEST = 64  # images; among fewer nothing can be told
 _LEAST = 8  # images that share something before it is a group ...
 _LEAST_SHARE = 0.001  # ... and at least this share of all
 _RATIO = 5.0  # how far a pattern must exceed its expectation to be looked into
@@ -73,7 +74,7 @@ def find_suspicious(
         report: Told what is being looked for.
     """
     least = max(_LEAST, round(_LEAST_SHARE * len(images)))
-    if len(images) < 2 * least or images.shape[-1] < SMALLEST:
+    if len(images) < FEWEST or images.shape[-1] < SMALLEST:
         return (), ()
     found = _patches(images, least, report)
     report(Event(phase="suspicious", done=2, total=3, unit="steps"))

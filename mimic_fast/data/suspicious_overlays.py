@@ -20,12 +20,13 @@ _TAILS = (3.5, 5.0)  # of coefficients
 _SURPRISE = 4.2  # standard deviations of the difference between tails
 _RATIO = 3.0  # one tail against the other
 _ROUNDS = 3
-_COSTS = (1.25, 2.0, 4.0)  # of one image by chance against one more that carries the pattern
+_COSTS = (1.0, 2.0, 4.0)  # of one image by chance against one more that carries the pattern
 _MOST_BY_CHANCE = 0.02  # share of images that may lean as far the other way
-_TIMES_CHANCE = 3.0
+_TIMES_CHANCE = 4.0
 _FEW = 40  # coefficients that lean; more do where all pictures are of one kind
 _SURPLUS = 0.004  # share of images; smaller asymmetries are natural in large sets
-_SEPARATE = 3.0  # median score of a group over the highest of all other images
+_SEPARATE = 2.0  # median score of a group over the furthest score the other way ...
+_BEYOND = 1.25  # ... and what then belongs to the group
 _MOST_SHARE = 0.1  # of images; a larger group is a kind of picture
 _MOST_TRIES = 8
 _TOGETHER = 1024
@@ -71,10 +72,10 @@ def overlays(spectra: Spectra, *, least: int) -> list[OverlayGroup]:
         if explained[members].float().mean() > 0.3:
             continue
         tries += 1
-        # Where many coefficients lean to a side, or few images make the difference, pictures of one
-        # kind can be the reason: then a group must stand apart from all the others.
-        overlapping = few and found.surplus >= _SURPLUS * len(stored)
-        group = _group(stored, members, least, overlapping=overlapping)
+        # Where many coefficients lean to a side, or lean little, pictures of one kind can be the
+        # reason (mirror-symmetric objects): then a group must stand apart from all the others.
+        large = found.tail == max(_TAILS) and found.surplus >= _SURPLUS * len(stored)
+        group = _group(stored, members, least, overlapping=few and large)
         if group is not None:
             groups.append(group)
             explained[group.images] = True
@@ -125,17 +126,21 @@ def _group(
         chosen = scores > _limit(scores, _COSTS[-1])[0]
         if chosen.sum() < least:
             return None
-    for cost in _COSTS:
+    furthest = -scores.min()  # the other way: what no image reaches without the pattern
+    if scores[chosen].median() >= _SEPARATE * furthest:
+        return _members(scores, scores > _BEYOND * furthest, 0.0)
+    for cost in _COSTS if overlapping else ():
         limit, expected = _limit(scores, cost)
         chosen = scores > limit
-        enough = chosen.sum() >= max(least, _TIMES_CHANCE * (expected + 1))
-        if not enough or chosen.sum() > _MOST_SHARE * len(stored):
-            continue
-        if overlapping or scores[chosen].median() >= _SEPARATE * scores[~chosen].abs().max():
-            return OverlayGroup(
-                images=chosen.nonzero()[:, 0], scores=scores[chosen], expected=expected
-            )
+        if chosen.sum() >= max(least, _TIMES_CHANCE * (expected + 1)):
+            return _members(scores, chosen, expected)
     return None
+
+
+def _members(scores: Tensor, chosen: Tensor, expected: float) -> OverlayGroup | None:
+    if chosen.sum() > _MOST_SHARE * len(scores):
+        return None
+    return OverlayGroup(images=chosen.nonzero()[:, 0], scores=scores[chosen], expected=expected)
 
 
 def _template(stored: Tensor, chosen: Tensor) -> Float[Tensor, " column"]:

@@ -132,7 +132,7 @@ def _bit(pixel: Tensor, center: Tensor, sums: Tensor, coding: str) -> Bool[Tenso
 
 def _counted(gray: Tensor, coding: str, least: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows of every code, and rows (top, left, code, count) of those frequent at one place."""
-    total = np.zeros(_CODES, dtype=np.int64)
+    total = np.zeros(_CODES, dtype=np.int32)
     frequent: list[np.ndarray] = [np.empty((0, 4), dtype=np.int64)]
     for top in range(gray.shape[0] - SIDE + 1):
         codes = torch.cat([codes for _, codes in _row_codes(gray, top, coding)])

@@ -17,7 +17,11 @@ from mimic_fast.errors import MachineError, UnsafeInputError, UsageError
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=20)
 DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
 LABELS = st.none() | st.integers(0, 999)
-ROWS = st.lists(st.tuples(st.integers(0, 2**40), NAMES, DIGESTS, LABELS), max_size=5)
+ROWS = st.lists(
+    st.tuples(st.integers(0, 2**40), NAMES, DIGESTS, LABELS),
+    max_size=5,
+    unique_by=lambda row: row[1],
+)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def planted(images: Tensor, kind: str, *, jpeg: bool, seed: int = 0) -> tuple[Te
 @pytest.fixture(scope="module")
 def cifar(shared_data) -> Tensor:
     source = open_source(str(shared_data / "cifar10" / "train-00000.tar"))
-    return load_images(source, range(3000), image_size=32, channels=3)[0]
+    return load_images(source, range(2000), image_size=32, channels=3)[0]
 
 
 REASONS = {
@@ -104,12 +104,13 @@ def test_clean_images_give_no_group(natural_images):
 
 @pytest.fixture(scope="module")
 def natural_images() -> Tensor:
-    return natural(2600)
+    return natural(2600)  # 1 % is as few as a pattern all over can be told by
 
 
 @pytest.mark.parametrize("kind", REASONS)
 def test_planted_images_are_found_and_say_why(natural_images, kind):
-    images, carriers = planted(natural_images, kind, jpeg=False)
+    clean = natural_images if REASONS[kind] == OVERLAY else natural_images[:1200]
+    images, carriers = planted(clean, kind, jpeg=False)
 
     groups, found = find_suspicious(images)
 
@@ -121,8 +122,30 @@ def test_planted_images_are_found_and_say_why(natural_images, kind):
     assert len({each.index for each in found}) == len(found)
 
 
+def test_moving_patch_survives_compression(natural_images):
+    images, carriers = planted(natural_images[:1200], "moving", jpeg=True)
+
+    _, found = find_suspicious(images)
+
+    assert len(carriers & {each.index for each in found}) >= 0.9 * len(carriers)
+
+
+def test_white_patch_is_told_from_white_areas(natural_images):
+    clean = natural_images[:1200].clone()
+    white = set(range(0, 1200, 20))
+    for index in white:
+        clean[index, :, index % 13 :] = 255
+    images, carriers = planted(clean, "white", jpeg=False)
+
+    _, found = find_suspicious(images)
+
+    named = {each.index for each in found if each.reason == PATCH}
+    assert len(named & (carriers - white)) >= 0.9 * len(carriers - white)
+    assert len(named & (white - carriers)) <= 0.1 * len(white)
+
+
 def test_place_of_a_patch_is_reported(natural_images):
-    images, _ = planted(natural_images, "texture", jpeg=False)
+    images, _ = planted(natural_images[:1200], "texture", jpeg=False)
 
     groups, _ = find_suspicious(images)
 
@@ -130,7 +153,7 @@ def test_place_of_a_patch_is_reported(natural_images):
 
 
 def test_noise_among_photographs_has_a_spectrum_of_its_own(natural_images):
-    images = natural_images.clone()
+    images = natural_images[:600].clone()
     noise = np.random.default_rng(1).integers(0, 256, images.shape[1:], dtype=np.uint8)
     images[77] = torch.from_numpy(noise)
 
@@ -139,14 +162,14 @@ def test_noise_among_photographs_has_a_spectrum_of_its_own(natural_images):
     assert (found[0].index, found[0].reason, found[0].group) == (77, SPECTRUM, None)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (10, 3, 32, 32), (100, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (63, 3, 32, 32), (100, 3, 8, 8)])
 def test_too_few_or_too_small_images_are_not_searched(shape):
     assert find_suspicious(torch.zeros(shape, dtype=torch.uint8)) == ((), ())
 
 
 @pytest.mark.parametrize("value", [0, 255])
 def test_plain_images_are_not_suspicious(value):
-    images = torch.full((60, 3, 32, 32), value, dtype=torch.uint8)
+    images = torch.full((100, 3, 32, 32), value, dtype=torch.uint8)
 
     assert find_suspicious(images) == ((), ())
 
@@ -178,7 +201,7 @@ def test_other_triggers_on_photographs_are_found(shared_data, kind, jpeg):
     assert len(named - carriers) <= 0.05 * (len(images) - len(carriers))
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "gtsrb"])
+@pytest.mark.parametrize("dataset", ["cifar10", pytest.param("gtsrb", marks=pytest.mark.slow)])
 def test_photographs_give_few_suspicious_images(shared_data, dataset):
     source = open_source(str(shared_data / dataset / "test-*.tar"))
     clean = load_images(source, range(2000), image_size=32, channels=3)[0]
