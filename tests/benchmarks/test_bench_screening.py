@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from planted import KINDS, planted
+
+from benchmarks.planted import KINDS, planted
 
 ROOT = Path(__file__).parents[2]
 
