@@ -50,8 +50,17 @@ def main(folder: str, backend: str, decode: str) -> None:
                 sys.stdout.write(f"{resident()}\n")
 
 
+def settle() -> None:
+    """Waits until no thread of this process has worked for a while."""
+    idle = 0
+    while idle < 3:
+        before = time.process_time()
+        time.sleep(0.1)
+        idle = idle + 1 if time.process_time() - before < 0.002 else 0
+
+
 def resident() -> float:
-    time.sleep(0.2)  # until the batches made ahead are ready: the same number every time
+    settle()  # until the batches made ahead are ready: the same number every time
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, is not growth
     pages = int(Path("/proc/self/statm").read_text().split()[1])
