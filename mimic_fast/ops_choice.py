@@ -49,7 +49,8 @@ def force(path: Path | None, *, op: Op | None = None) -> Iterator[None]:
 
     Args:
         path: The path; None: as usual.
-        op: Which op; None: all that have the path.
+        op: Which op; None: losses and counts. Views are no part of it: with other roundings in the
+            images, paths of the losses could not be compared.
 
     Raises:
         ValueError: If there is no such path.
@@ -57,8 +58,6 @@ def force(path: Path | None, *, op: Op | None = None) -> Iterator[None]:
     if path is not None and path not in PATHS:
         raise ValueError(f"expected one of {', '.join(PATHS)}, got {path!r}")
     ops: tuple[Op, ...] = OPS if op is None else (op,)
-    if op is None and path in VIEW_PATHS:
-        ops = (*ops, "views")
     chosen: dict[Op, Path] = {} if path is None else dict.fromkeys(ops, path)
     token = _forced.set({**_forced.get(), **chosen})
     try:
