@@ -41,7 +41,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if (
-            self.running_mean is None
+            not self.track_running_stats
+            or self.running_mean is None
             or self.running_var is None
             or self.num_batches_tracked is None
         ):

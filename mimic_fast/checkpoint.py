@@ -2,7 +2,8 @@
 
 ``state/step_0000400/`` holds one safetensors file per group of tensors, ``state.json`` and, written
 last, ``digests.json``. The directory is filled under a temporary name, fsynced and renamed, so a
-process killed at any moment leaves either the complete state or none. Nothing is ever unpickled.
+process killed at any moment leaves either the complete state or none. What is cut over processes
+lies in ``sharded/``, written by ``sharded_state.py``; all else is never unpickled.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from mimic_fast.files import fsync_directory, machine_errors, sha256_file
 
 _STATE_NAME = re.compile(r"step_(\d{7,})")
 _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_SHARDED_NAME = re.compile(r"sharded/(\.metadata|__\d+_\d+\.distcp)")
+_SHARDED = "sharded"
 _TEMPORARY = ".tmp-"
 
 
@@ -38,12 +41,14 @@ class State:
         step: Optimizer steps done when it was saved.
         tensors: Groups of named tensors, on the CPU.
         meta: The JSON that was saved beside them.
+        sharded: Folder of what is cut over processes, its digests compared; None: nothing is.
     """
 
     path: Path
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     meta: Mapping[str, Any]
+    sharded: Path | None = None
 
 
 def save_state(
@@ -53,6 +58,7 @@ def save_state(
     tensors: Mapping[str, Mapping[str, Tensor]],
     meta: Mapping[str, Any],
     keep: int,
+    write: Callable[[Path], None] | None = None,
 ) -> Path:
     """Saves the state of ``step`` atomically and removes all but the newest ``keep`` states.
 
@@ -65,6 +71,7 @@ def save_state(
         tensors: Groups of named tensors; a group becomes ``GROUP.safetensors``.
         meta: Anything that JSON can hold.
         keep: Number of states to leave, at least 1.
+        write: Fills a folder with what is cut over processes; None: nothing is.
 
     Returns:
         The state's directory.
@@ -83,6 +90,9 @@ def save_state(
         _remove_temporaries(root)
         work = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{target.name}.", dir=root))
         try:
+            if write is not None:
+                (work / _SHARDED).mkdir()
+                write(work / _SHARDED)
             _fill(work, step, tensors, meta)
             _put_in_place(work, target)
         except BaseException:
@@ -92,8 +102,12 @@ def save_state(
     return target
 
 
-def load_state(path: Path) -> State:
+def load_state(path: Path, *, values: bool = True) -> State:
     """Reads one state and checks every byte of it against its digests.
+
+    Args:
+        path: Its directory.
+        values: Check the values of what is cut too; False where another process has done so.
 
     Raises:
         UsageError: If there is no such directory.
@@ -106,18 +120,20 @@ def load_state(path: Path) -> State:
     if not isinstance(digests, dict) or "state.json" not in digests:
         raise UnsafeInputError(f"run state {path / 'digests.json'} lists no files; it is damaged")
     for file in sorted(digests):
-        _check_file(path, file, digests[file])
+        if values or not file.endswith(".distcp"):
+            _check_file(path, file, digests[file])
     state = _read_json(path / "state.json")
     if state.get("step") != int(name[1]) or not isinstance(state.get("meta"), dict):
         raise UnsafeInputError(
             f"run state {path / 'state.json'} is of another step: it says {state.get('step')}"
         )
-    groups = (Path(file).stem for file in sorted(digests) if file != "state.json")
+    groups = [Path(file).stem for file in sorted(digests) if _is_group(file)]
     return State(
         path=path,
         step=int(name[1]),
         tensors={group: _read_tensors(path / f"{group}.safetensors") for group in groups},
         meta=state["meta"],
+        sharded=path / _SHARDED if any(map(_SHARDED_NAME.fullmatch, digests)) else None,
     )
 
 
@@ -172,12 +188,14 @@ def _fill(
         except SafetensorError as error:  # the library wraps the system's error in its own
             raise MachineError(f"cannot write {file}: {error}; free space") from None
         digests[file.name] = sha256_file(file)
+    for file in sorted((work / _SHARDED).glob("*")):
+        digests[f"{_SHARDED}/{file.name}"] = sha256_file(file)
     state = json.dumps({"step": step, "meta": dict(meta)}, indent=1).encode()
     (work / "state.json").write_bytes(state)
     digests["state.json"] = hashlib.sha256(state).hexdigest()
     (work / "digests.json").write_text(json.dumps({"files": digests}, indent=1) + "\n")
-    for file in work.iterdir():
-        _fsync_file(file)
+    for file in work.rglob("*"):
+        _fsync_file(file)  # folders too
     work.chmod(0o755)  # mkdtemp makes it private to the user
     fsync_directory(work)
 
@@ -242,8 +260,7 @@ def _states(root: Path) -> list[tuple[int, Path]]:
 
 
 def _check_file(directory: Path, name: str, digest: object) -> None:
-    group = name.removesuffix(".safetensors")
-    if name != "state.json" and (group == name or not _GROUP_NAME.fullmatch(group)):
+    if name != "state.json" and not _is_group(name) and not _SHARDED_NAME.fullmatch(name):
         raise UnsafeInputError(f"run state {directory} lists a file it cannot have: {name!r}")
     path = directory / name
     try:
@@ -252,6 +269,11 @@ def _check_file(directory: Path, name: str, digest: object) -> None:
         raise UnsafeInputError(f"run state {path} cannot be read: {error.strerror}") from None
     if found != digest:
         raise UnsafeInputError(f"run state {path} is damaged: its SHA-256 is not the recorded one")
+
+
+def _is_group(file: str) -> bool:
+    group = file.removesuffix(".safetensors")
+    return group != file and _GROUP_NAME.fullmatch(group) is not None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Preset = Literal["hardened", "mimic", "official"]
+Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 JsonScalar = bool | int | float | str
 
 
@@ -66,6 +67,9 @@ class EncoderSettings(Frozen):
     std: tuple[float, ...] | None = Field(default=None, description="per-channel deviation")
     taps: tuple[str, ...] = Field(
         default=(), description="module paths to tap; empty: CNN stages or ViT blocks"
+    )
+    teacher_shard: bool = Field(
+        default=False, description="cut the teacher over all processes, where it does not fit one"
     )
 
 
@@ -281,14 +285,24 @@ class OptimSettings(Frozen):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum (sgd)")
     epochs: int = Field(default=100, ge=1, description="passes over the clean set")
     batch_size: int = Field(default=128, ge=2, description="images per step over all processes")
+    accumulate: int = Field(
+        default=1, ge=1, description="parts of a process's share of the batch, one after another"
+    )
     warmup_epochs: float = Field(default=2.0, ge=0, description="linear warm-up")
     schedule: Literal["cosine", "constant"] = Field(default="cosine", description="after warm-up")
     clip_norm: float = Field(default=5.0, ge=0, description="gradient norm limit; 0: none")
-    precision: Literal["fp32", "bf16", "fp64"] = Field(
-        default="fp32", description="autocast type; losses are always fp32 or wider"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        default="fp32",
+        description="autocast type (fp16 with a loss scale); losses are always fp32 or wider",
     )
     tf32: bool = Field(default=False, description="allow TF32 matrix products on GPU")
     channels_last: bool = Field(default=True, description="NHWC memory format for CNNs")
+    activation_checkpointing: bool = Field(
+        default=False, description="compute a block's activations again instead of keeping them"
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile every block of student and teacher"
+    )
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of averaged weights; 0: off")
     max_nonfinite: int = Field(
         default=3, ge=1, description="non-finite steps in a row before exit 5"
@@ -300,7 +314,22 @@ class RunSettings(Frozen):
 
     out: Path | None = Field(default=None, description="run directory")
     resume: Literal["never", "auto"] = Field(default="never", description="auto: newest good state")
+    engine: Engine = Field(
+        default="ddp",
+        description="ddp: whole student in every process; zero1, zero2, zero3 (DeepSpeed), fsdp2: "
+        "optimizer, gradients or weights too are cut over the processes",
+    )
+    deepspeed: Path | None = Field(
+        default=None,
+        description="DeepSpeed's JSON in place of the built-in one, e.g. to offload (zero1-3)",
+    )
     checkpoint_every: int = Field(default=200, ge=1, description="steps between run states")
+    async_save: bool = Field(
+        default=True, description="write states in the background while training goes on"
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=(), description="where metrics go besides metrics.jsonl"
+    )
     keep: int = Field(default=2, ge=1, description="run states kept")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")

@@ -145,7 +145,7 @@ def _purify(
     if processes.is_main:
         write_mutual_information(information, out)
     trained = _distil(setup, information, settings, accelerator, processes, report, stop)
-    purified = setup.student_taps.encoder.to(device="cpu", dtype=torch.float32).eval()
+    purified = _purified(setup, trained, settings)
     path = out / "encoder.safetensors"
     if processes.is_main:
         card = _card(setup, information, settings, trained)
@@ -251,6 +251,17 @@ def _distil(
         report=report,
         stop=stop,
     )
+
+
+def _purified(setup: _Setup, trained: Trained, settings: Settings) -> Encoder:
+    """The student on the CPU; put together again where an engine had cut it."""
+    encoder = setup.student_taps.encoder
+    if trained.whole is not None:
+        prefix = "tapped.encoder."
+        own = {n.removeprefix(prefix): v for n, v in trained.whole.items() if n.startswith(prefix)}
+        encoder = build_encoder(encoder.spec, seed=settings.seed)
+        encoder.load_state_dict(own)
+    return encoder.to(device="cpu", dtype=torch.float32).eval()
 
 
 def _checked_directory(settings: Settings) -> Path:

@@ -1,10 +1,15 @@
 """Process start-up checks and the collectives a run needs; one process runs the same code."""
 
+import logging
+import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mimic_fast.config import OptimSettings, RunSettings
+from mimic_fast.deepspeed_config import deepspeed_config, zero_stage
 from mimic_fast.errors import UsageError
+from mimic_fast.precision import check_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,52 +50,38 @@ def start(
     """Starts Accelerate and proves that what was asked for is what runs.
 
     Args:
-        run: Device.
+        run: Device, engine.
         optim: Precision.
         expected_world: Processes the launcher started (its WORLD_SIZE), read by the caller.
 
     Raises:
-        UsageError: If the device is not there, or Accelerate runs another number of processes,
-            device or precision than asked for (it can do so silently).
+        UsageError: If the device or engine is not there, or Accelerate runs another number of
+            processes, engine, device or precision than asked for (it can do so silently).
     """
-    from accelerate import Accelerator, DistributedType
-    from accelerate.utils import InitProcessGroupKwargs
-    from accelerate.utils.dataclasses import KwargsHandler
-
     cuda = torch.cuda.is_available()
     if run.device == "cuda" and not cuda:
         raise UsageError("run.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
     on_cpu = run.device == "cpu" or not cuda
-    precision = "bf16" if optim.precision == "bf16" else "no"
-    launched = dist.is_torchelastic_launched()
-    handlers: list[KwargsHandler] = []
-    if on_cpu and launched:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    try:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers)
-    except ValueError as error:  # it holds on to the first precision and device of a Python process
+    _check_engine(run, optim)
+    accelerator = _accelerator(run, optim, on_cpu=on_cpu, world=expected_world)
+    kind, running = accelerator.distributed_type.value, accelerator.num_processes
+    if running != expected_world or kind not in _kinds(run.engine, expected_world):
         raise UsageError(
-            f"optim.precision {optim.precision!r} or run.device {run.device!r} cannot run: {error}"
-        ) from None
-    # torchrun makes a process group even of one process.
-    kinds = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-    if expected_world == 1:
-        kinds.add(DistributedType.NO)
-    if accelerator.num_processes != expected_world or accelerator.distributed_type not in kinds:
-        raise UsageError(
-            f"the launcher started {expected_world} processes but Accelerate runs "
-            f"{accelerator.num_processes} ({accelerator.distributed_type.value}); use torchrun"
+            f"engine {run.engine} in {expected_world} process(es) was asked for but Accelerate "
+            f"runs {running} ({kind}); use torchrun, and choose the engine in the recipe, not in "
+            "Accelerate's configuration"
         )
     if (accelerator.device.type == "cpu") != on_cpu:
         raise UsageError(
             f"run.device {run.device!r} was asked for but {accelerator.device} runs; "
             "unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE"
         )
-    if accelerator.mixed_precision != precision:
+    if accelerator.mixed_precision != "no":
         raise UsageError(
-            f"precision {precision!r} was asked for but {accelerator.mixed_precision!r} runs; "
-            "unset ACCELERATE_MIXED_PRECISION"
+            f"Accelerate runs in {accelerator.mixed_precision!r} of its own; choose the precision "
+            "in the recipe (optim.precision) and unset ACCELERATE_MIXED_PRECISION"
         )
+    check_precision(optim.precision, accelerator.device)
     if optim.tf32 and on_cpu:
         warnings.warn("optim.tf32 is ignored: a CPU has no TF32", stacklevel=2)
     torch.backends.cuda.matmul.allow_tf32 = optim.tf32
@@ -98,6 +91,77 @@ def start(
         world=accelerator.num_processes,
         device=accelerator.device,
     )
+
+
+def _check_engine(run: RunSettings, optim: OptimSettings) -> None:
+    """What can be said before any process group exists."""
+    if run.deepspeed is not None and not zero_stage(run.engine):
+        raise UsageError(f"run.deepspeed is for zero1, zero2 and zero3, not for {run.engine!r}")
+    if run.engine == "ddp":
+        return
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        raise UsageError(
+            f"run.engine {run.engine!r} cuts the student over processes and needs a launcher, even "
+            "for one: torchrun --nproc-per-node=N -m mimic_fast ..."
+        )
+    if zero_stage(run.engine):
+        if find_spec("deepspeed") is None:
+            raise UsageError(
+                f"run.engine {run.engine!r} needs DeepSpeed; pip install 'mimic_fast[deepspeed]'"
+            )
+        if optim.precision == "fp64":
+            raise UsageError(
+                f"run.engine {run.engine!r} keeps its weights in float32; use optim.precision "
+                "fp32, or engine ddp or fsdp2 for fp64"
+            )
+
+
+def _accelerator(
+    run: RunSettings, optim: OptimSettings, *, on_cpu: bool, world: int
+) -> "Accelerator":
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.utils.dataclasses import KwargsHandler
+
+    handlers: list[KwargsHandler] = []
+    if on_cpu and ("RANK" in os.environ or dist.is_initialized()):
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    plugin = None
+    if zero_stage(run.engine):
+        _prepare_deepspeed(on_cpu=on_cpu)
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(run, optim, world=world))
+    # On a CPU Accelerate ignores DeepSpeed when told that it is one, and finds out by itself.
+    told = on_cpu if plugin is None else None
+    try:
+        return Accelerator(
+            cpu=bool(told),
+            mixed_precision="no",
+            kwargs_handlers=handlers,
+            deepspeed_plugin=plugin,
+            gradient_accumulation_steps=optim.accumulate,
+        )
+    except (ValueError, NotImplementedError) as error:  # it holds on to the first of its kind
+        raise UsageError(
+            f"run.engine {run.engine!r} on run.device {run.device!r} cannot run: {error}"
+        ) from None
+
+
+def _prepare_deepspeed(*, on_cpu: bool) -> None:
+    """What it reads from the environment when it is imported."""
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It builds its CPU communication with ninja, which lies beside this Python.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _kinds(engine: str, world: int) -> set[str]:
+    """Accelerate's names for what may run; its FSDP is not used, see ``engines/fsdp2.py``."""
+    if zero_stage(engine):
+        return {"DEEPSPEED"}
+    kinds = {"MULTI_CPU", "MULTI_GPU"}
+    # torchrun makes a process group even of one process.
+    return kinds | {"NO"} if world == 1 else kinds
 
 
 def all_gather_rows(tensor: Tensor, processes: Processes) -> Tensor:

@@ -21,6 +21,7 @@ from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import settings_record
 from mimic_fast.report.collect import RunFacts, build_report, write_report
 from mimic_fast.report.examples import load_examples
+from mimic_fast.watch import leave_if
 
 if TYPE_CHECKING:
     from mimic_fast.distil import PurifyResult
@@ -45,7 +46,7 @@ def write_evidence(
         result: A finished purification.
         settings: Its settings; ``evaluation`` may have been extended since.
         report: Told of progress.
-        stop: Polled while the floor is trained.
+        stop: Polled all the time; true leaves, and a resumed run measures again.
 
     Raises:
         StoppedError: If ``stop`` told so.
@@ -57,7 +58,9 @@ def write_evidence(
         paths["clean"] = settings.evaluation.clean
     encoders: dict[str, Measurable] = {"teacher": result.teacher}
     encoders |= {role: load_encoder(path) for role, path in paths.items()}
-    evaluation = evaluate_encoders(encoders, settings.evaluation, seed=settings.seed, report=report)
+    evaluation = evaluate_encoders(
+        encoders, settings.evaluation, seed=settings.seed, report=report, stop=stop
+    )
     content = build_report(
         evaluation,
         run=RunFacts(
@@ -78,9 +81,10 @@ def write_evidence(
             },
             provenance={"teacher_file": result.teacher.path.name},
         ),
-        agreement=_agreement(result),
+        agreement=_agreement(result, stop),
         mutual_information=mutual_information_json(result.mutual_information),
     )
+    leave_if(stop)
     spec = result.purified.spec
     examples = load_examples(
         evaluation, settings.evaluation, image_size=spec.image_size, channels=spec.in_channels
@@ -114,10 +118,12 @@ def _floor(
     return floor.path
 
 
-def _agreement(result: "PurifyResult") -> dict[str, Any] | None:
+def _agreement(result: "PurifyResult", stop: Callable[[], bool]) -> dict[str, Any] | None:
     held_out = result.clean_set.hold_out
     if held_out < _ENOUGH:
         return None
     images = plain_view(result.pool[-held_out:], image_size=result.purified.spec.image_size)
     teacher = result.teacher.encoder.to("cpu", torch.float32)
-    return agreement(encode(teacher, images), encode(result.purified, images))
+    features = [encode(encoder, images, stop=stop) for encoder in (teacher, result.purified)]
+    leave_if(stop)
+    return agreement(*features)

@@ -1,7 +1,7 @@
 """Optimizer, learning-rate schedule and averaged weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,35 +9,57 @@ from torch import Tensor, nn
 from mimic_fast.config import OptimSettings
 
 
-def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module,
+    settings: OptimSettings,
+    *,
+    held: Mapping[str, nn.Parameter] | None = None,
+) -> torch.optim.Optimizer:
     """The optimizer of the settings, fused so that a step can be skipped on the device.
 
     AdamW leaves vectors (biases, normalization) and tokens (class, register, positions) undecayed,
     as is usual; Adam and SGD decay all, as the authors' demo does.
+
+    Args:
+        module: What is trained; its shapes tell what decays.
+        settings: Which optimizer.
+        held: By name, what to update in place of the module's own parameters: the part of each that
+            this process holds. None: the parameters.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    pairs = [(p if held is None else held[n], p) for n, p in named if held is None or n in held]
+    parameters = [held for held, _ in pairs]
     if settings.name == "sgd":
-        sgd = torch.optim.SGD(
+        return torch.optim.SGD(
             parameters,
             settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        if settings.momentum > 0:
-            # Where the first step is skipped, torch would keep uninitialized memory as momentum.
-            for parameter in parameters:
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
     if settings.name == "adam":
         return torch.optim.Adam(
             parameters, settings.lr, weight_decay=settings.weight_decay, fused=True
         )
     groups = [
-        {"params": [p for p in parameters if _decays(p)], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if not _decays(p)], "weight_decay": 0.0},
+        {
+            "params": [p for p, like in pairs if _decays(like)],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p, like in pairs if not _decays(like)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], settings.lr, fused=True)
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Gives SGD its momentum from the start.
+
+    Where the first step is skipped on the device, torch would keep uninitialized memory as such.
+    """
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] > 0:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def learning_rate(

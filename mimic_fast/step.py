@@ -11,10 +11,18 @@ from mimic_fast.distributed import Processes
 from mimic_fast.encoders.taps import Listener, TappedEncoder
 from mimic_fast.layer_losses import summed, teacher_side
 from mimic_fast.losses import Losses, contrastive_loss, total_loss
+from mimic_fast.precision import autocast, autocast_dtype
+from mimic_fast.step_clock import StepClock, listener_timed
 
 
 class Student(nn.Module):
-    """Tapped student and projection head in one module, so that one wrapper synchronizes both."""
+    """Tapped student and projection head in one module, so that one wrapper synchronizes both.
+
+    Its forward runs under autocast where ``autocast`` names a type: inside, so that it is the same
+    whatever wraps the module.
+    """
+
+    autocast: torch.dtype | None = None
 
     def __init__(self, tapped: TappedEncoder, *, projection: int, seed: int) -> None:
         """``projection`` is the head's output width; 0 builds none."""
@@ -35,11 +43,12 @@ class Student(nn.Module):
         listener: Listener | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Features and projections; ``listener`` takes part at the taps."""
-        if listener is None:
-            features = self.tapped.encoder(images)
-        else:
-            features = self.tapped.listened(images, listener)
-        return features, self.projection(features) if self.projection is not None else None
+        with autocast(self.autocast, images.device):
+            if listener is None:
+                features = self.tapped.encoder(images)
+            else:
+                features = self.tapped.listened(images, listener)
+            return features, self.projection(features) if self.projection is not None else None
 
 
 def step_losses(
@@ -51,6 +60,8 @@ def step_losses(
     *,
     settings: Settings,
     processes: Processes,
+    clock: StepClock | None = None,
+    pull: tuple[Tensor, Tensor] | None = None,
 ) -> Losses:
     """Losses of a batch: the student sees it once (twice with a second view), the teacher once.
 
@@ -62,24 +73,36 @@ def step_losses(
         layer_weights: lambda_l by tap.
         settings: Weights and forms of the losses.
         processes: The contrastive loss runs over all of them.
+        clock: Told what takes the time.
+        pull: Gradients of the contrastive loss by the two views' projections, where it was computed
+            over a larger batch than this; the loss is then their product, which has them.
     """
+    clock = clock or StepClock(processes.device)
     loss, size = settings.loss, batch.ids.shape[0]
     side = None
     if teacher is not None:
-        side = teacher_side(teacher, batch.v1, layer_weights, settings=loss)
+        dtype = autocast_dtype(settings.optim.precision)
+        with clock.section("teacher"), autocast(dtype, processes.device):
+            side = teacher_side(teacher, batch.v1, layer_weights, settings=loss)
     listener = None if side is None else side.listener
     second = [] if batch.v2 is None else [batch.v2]
-    features, projected = student(torch.cat([student_view, *second]), listener)
-    zero = features.new_zeros(())
-    attention, dense = summed(listener, zero=zero)
-    clone = contrastive = zero
-    if side is not None:
-        clone = ops.clone_loss(features[:size], side.features, kind=loss.clone_form)
-    if batch.v2 is not None and projected is not None:
-        first, other = projected.split(size)
-        contrastive = contrastive_loss(
-            first, other, temperature=loss.temperature, processes=processes
+    with clock.section("student"):
+        heard = None if listener is None else listener_timed(listener, clock)
+        features, projected = student(torch.cat([student_view, *second]), heard)
+    with clock.section("loss"):
+        zero = features.new_zeros(())
+        attention, dense = summed(listener, zero=zero)
+        clone = contrastive = zero
+        if side is not None:
+            clone = ops.clone_loss(features[:size], side.features, kind=loss.clone_form)
+        if batch.v2 is not None and projected is not None:
+            first, other = projected.split(size)
+            if pull is None:
+                contrastive = contrastive_loss(
+                    first, other, temperature=loss.temperature, processes=processes
+                )
+            else:
+                contrastive = (first * pull[0]).sum() + (other * pull[1]).sum()
+        return total_loss(
+            clone=clone, dense=dense, attention=attention, contrastive=contrastive, settings=loss
         )
-    return total_loss(
-        clone=clone, dense=dense, attention=attention, contrastive=contrastive, settings=loss
-    )

@@ -3,42 +3,39 @@
 Without a teacher it is plain SimCLR training, which pre-training and the student-only floor use.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mimic_fast import checkpoint, ops
+from mimic_fast.accumulation import pulled, split
 from mimic_fast.config import Settings
 from mimic_fast.data.loader import Batch, Loader, TrainingImages
 from mimic_fast.data.order import check_batch, steps_of
-from mimic_fast.distributed import Processes, any_process, broadcast_json, wait_for_all
+from mimic_fast.distributed import Processes, wait_for_all
+from mimic_fast.divergence import Divergence
+from mimic_fast.encoders.blocks import checkpoint_blocks, compile_blocks
 from mimic_fast.encoders.taps import TappedEncoder
-from mimic_fast.errors import DivergedError, StoppedError, UsageError
-from mimic_fast.losses import Losses
+from mimic_fast.engines.choose import make_engine
+from mimic_fast.engines.engine import EngineState
+from mimic_fast.errors import StoppedError, UsageError
 from mimic_fast.metrics_log import append_metrics, truncate_metrics
-from mimic_fast.optim import (
-    averaged_state,
-    build_optimizer,
-    gradient_norm,
-    learning_rate,
-    set_learning_rate,
-    update_average,
-)
+from mimic_fast.optim import learning_rate
+from mimic_fast.precision import autocast_dtype
 from mimic_fast.progress import Event, Reporter, silent
+from mimic_fast.saver import Saver
+from mimic_fast.sharded_state import newest_for_all, read_pieces
 from mimic_fast.step import Student, step_losses
-from mimic_fast.training_state import (
-    optimizer_tensors,
-    restore_optimizer,
-    restore_rng,
-    rng_tensors,
-)
+from mimic_fast.step_clock import StepClock
+from mimic_fast.training_state import restore_rng_of, rng_of_all, seed_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,6 +76,7 @@ class Trained:
         skipped: Steps that were skipped because something was not finite.
         waited: Seconds of this call in which a step waited for its batch.
         waited_first: Of them for the first batch, while decoders and threads started.
+        whole: The student's state, gathered, where an engine had cut it; None: the student has it.
     """
 
     steps: int
@@ -87,6 +85,7 @@ class Trained:
     skipped: int
     waited: float
     waited_first: float
+    whole: dict[str, Tensor] | None = None
 
 
 def train(
@@ -118,12 +117,17 @@ def train(
         UsageError: If a saved state belongs to another run.
     """
     loop = _Loop(task, settings, accelerator, processes)
+    clock = loop.clock
     loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
     first = loop.resume(loader.name) if settings.run.resume == "auto" else 0
     start = time.perf_counter()
+    clock.begin()
     with loader.batches(first, loop.total_steps) as batches:
-        for step, batch in enumerate(batches, start=first):
+        for step in range(first, loop.total_steps):
+            with clock.section("data"):
+                batch = next(batches)
             loop.step(step, batch, stop=stop())
+            clock.step_done()
             last = step + 1 == loop.total_steps
             if last or (step + 1) % loop.flush_steps == 0:
                 stopped = loop.flush()
@@ -131,15 +135,16 @@ def train(
                 report(_event(phase, step + 1, loop, rate))
                 if stopped and not last:
                     loop.save(step + 1, loader.name)
+                    loop.wait_saved()
                     raise StoppedError(
                         f"stopped by a signal after step {step + 1}; continue with --resume auto"
                     )
-            if not last and (step + 1) % settings.run.checkpoint_every == 0:
+            if last or (step + 1) % settings.run.checkpoint_every == 0:
                 loop.save(step + 1, loader.name)
             if on_epoch is not None:
                 for epoch in loop.passes_done(step):
                     on_epoch(epoch, task.student)
-    loop.finish()
+    whole = loop.finish()
     seconds = time.perf_counter() - start
     return Trained(
         steps=loop.total_steps,
@@ -148,6 +153,7 @@ def train(
         skipped=loop.skipped,
         waited=batches.waited,
         waited_first=batches.waited_first or 0.0,
+        whole=whole,
     )
 
 
@@ -160,30 +166,58 @@ class _Loop:
         self.task, self.settings, self.processes = task, settings, processes
         optim = settings.optim
         self.batch_size, images = optim.batch_size, len(task.images)
-        check_batch(images, batch_size=self.batch_size, processes=processes)
+        check_batch(images, batch_size=self.batch_size, processes=processes, parts=optim.accumulate)
         self.per_epoch = images / self.batch_size
         self.total_steps = steps_of(optim.epochs, images, batch_size=self.batch_size)
         self.image_size = task.student.tapped.encoder.spec.image_size
         if settings.run.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.run.max_steps)
         self.flush_steps = _FLUSH_STEPS.get(processes.device.type, 1)
-        self.accelerator = accelerator
         self.dtype = torch.float64 if optim.precision == "fp64" else torch.float32
         # Convolutions run faster in NHWC; 1-channel and ViT inputs are unaffected.
         self.layout = torch.channels_last if optim.channels_last else torch.contiguous_format
-        for module in (task.student, task.teacher):
-            if module is not None:
-                module.to(self.dtype)
-                module.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
-        task.student.train()
-        self.optimizer = build_optimizer(task.student, optim)
-        self.average = averaged_state(task.student) if optim.ema else None
-        self.wrapped = accelerator.prepare_model(task.student)
-        self.parameters = [p for p in task.student.parameters() if p.requires_grad]
+        self._prepare_modules()
+        seed_process(settings.seed, processes)
+        self.engine = make_engine(
+            task.student, settings=settings, accelerator=accelerator, processes=processes
+        )
         self.buffers = [b for b in task.student.buffers() if b.is_floating_point()]
+        self.clock = StepClock(processes.device)
         self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, int]]] = []
-        self.skipped = self.nonfinite_in_a_row = 0
+        self.skipped = 0
+        self.divergence = Divergence(optim)
         self.last_row: dict[str, float] = {}
+        self.saver = self._saver()
+
+    def _prepare_modules(self) -> None:
+        """Types, memory order, compilation: before an engine takes the student."""
+        task, optim = self.task, self.settings.optim
+        cut = self.settings.run.engine != "ddp"
+        task.student.to(self.dtype)
+        if not cut:  # what is cut is flattened, which needs the plain order
+            task.student.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
+        if task.teacher is not None and not isinstance(task.teacher.encoder, FSDPModule):
+            task.teacher.to(self.dtype)
+            task.teacher.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
+        if optim.compile:
+            for tapped in (task.student.tapped, task.teacher):
+                if tapped is not None:
+                    compile_blocks(tapped)
+        if optim.activation_checkpointing:
+            checkpoint_blocks(task.student.tapped)
+        task.student.autocast = autocast_dtype(optim.precision)
+        task.student.train()
+
+    def _saver(self) -> Saver | None:
+        run = self.settings.run
+        if self.task.out is None:
+            return None
+        return Saver(
+            self.task.out / "state",
+            processes=self.processes,
+            keep=run.keep,
+            background=run.async_save,
+        )
 
     def passes_done(self, step: int) -> range:
         """Numbers (from 1) of the passes over all images that a step completes."""
@@ -193,8 +227,8 @@ class _Loop:
 
     def step(self, step: int, batch: Batch, *, stop: bool) -> None:
         """Forward, backward, check, update; nothing here waits for the device."""
-        settings, task = self.settings, self.task
-        student_view = batch.v1 if batch.student is None else batch.student
+        settings = self.settings
+        student_view = self._placed(batch.v1 if batch.student is None else batch.student)
         batch = Batch(
             v1=self._placed(batch.v1 if batch.plain is None else batch.plain),
             v2=None if batch.v2 is None else self._placed(batch.v2),
@@ -206,51 +240,65 @@ class _Loop:
             steps_per_epoch=self.per_epoch,
             settings=settings.optim,
         )
-        set_learning_rate(self.optimizer, rate)
         before = [buffer.clone() for buffer in self.buffers]
-        self.calls_before = ops.calls()
-        with self.accelerator.autocast() if settings.optim.precision == "bf16" else nullcontext():
-            losses = step_losses(
-                self.wrapped,
-                task.teacher,
-                batch,
-                self._placed(student_view),
-                task.layer_weights,
-                settings=settings,
-                processes=self.processes,
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        flags = self._update(step, rate, losses, batch.ids, stop=stop)
-        # A forward pass that was not finite has spoiled BatchNorm's running statistics already.
-        for buffer, old in zip(self.buffers, before, strict=True):
-            torch.where(flags[0] > 0, old, buffer, out=buffer)
-        if self.average is not None:
-            update_average(self.average, self.task.student, decay=settings.optim.ema)
-
-    def _update(self, step: int, rate: float, losses: Losses, ids: Tensor, *, stop: bool) -> Tensor:
-        norm = gradient_norm(self.parameters, clip=self.settings.optim.clip_norm)
-        bad = ~(torch.isfinite(losses.total.detach()) & torch.isfinite(norm))
-        flags = torch.stack([bad.float(), bad.new_tensor(stop).float()])
-        if self.processes.world > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        # Fused optimizers skip a step whose found_inf is 1: on the device, on all processes alike.
-        self.optimizer.found_inf = flags[0]  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        terms = (
-            losses.total,
-            losses.clone,
-            losses.dense,
-            losses.attention,
-            losses.contrastive,
-            norm,
-        )
-        row = torch.stack([*(term.detach().double() for term in terms), *flags.double()])
+        calls_before = ops.calls()
+        terms = self._gradients(batch, student_view)
+        with self.clock.section("optimizer"):
+            update = self.engine.update(rate)
+            # A forward that was not finite has spoiled BatchNorm's running statistics already.
+            for buffer, old in zip(self.buffers, before, strict=True):
+                torch.where(update.bad > 0, old, buffer, out=buffer)
+        with self.clock.section("communication"):
+            asked = update.bad.new_tensor(float(stop))
+            if self.processes.world > 1:
+                dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        row = torch.stack([*terms, update.norm.double(), update.bad.double(), asked.double()])
         # Views are made ahead in another thread: whose step that was is chance.
-        counts = ops.calls() - self.calls_before
+        counts = ops.calls() - calls_before
         ran = {name: count for name, count in counts.items() if not name.startswith("views")}
-        self.pending.append((step + 1, rate, ids, row, ran))
-        return flags
+        self.pending.append((step + 1, rate, batch.ids, row, ran))
+
+    def _gradients(self, batch: Batch, student_view: Tensor) -> list[Tensor]:
+        """Forward and backward of all parts of a batch; the terms of its loss."""
+        settings, engine = self.settings, self.engine
+        engine.clear()
+        parts = split(batch, student_view, settings.optim.accumulate)
+        contrastive = None
+        if len(parts) > 1 and settings.loss.contrastive > 0:
+            contrastive, parts = pulled(
+                engine.module, parts, loss=settings.loss, processes=self.processes
+            )
+        terms: list[Tensor] = []
+        for index, part in enumerate(parts):
+            with engine.part(last=index + 1 == len(parts)):
+                losses = step_losses(
+                    engine.module,
+                    self.task.teacher,
+                    part.batch,
+                    part.student_view,
+                    self.task.layer_weights,
+                    settings=settings,
+                    processes=self.processes,
+                    clock=self.clock,
+                    pull=part.pull,
+                )
+                with self.clock.section("backward"):
+                    engine.backward(losses.total / len(parts))
+            values = (
+                losses.total,
+                losses.clone,
+                losses.dense,
+                losses.attention,
+                losses.contrastive,
+            )
+            found = [value.detach().double() / len(parts) for value in values]
+            terms = [a + b for a, b in zip(terms, found, strict=True)] if terms else found
+        if contrastive is not None:
+            # The parts' own term has its gradient, not its value.
+            loss, place = settings.loss.contrastive, _TERMS.index("contrastive")
+            terms[0] = terms[0] + loss * (contrastive.double() - terms[place])
+            terms[place] = contrastive.double()
+        return terms
 
     def flush(self) -> bool:
         """Reads the pending rows, logs them and tells whether any process was asked to stop."""
@@ -261,22 +309,19 @@ class _Loop:
             local /= self.processes.world
         stopped = False
         lines = []
-        for (step, rate, ids, _, ran), means, row in zip(
-            self.pending, local.tolist(), rows.tolist(), strict=True
+        times = self.clock.read()
+        for (step, rate, ids, _, ran), means, row, time in zip(
+            self.pending, local.tolist(), rows.tolist(), times, strict=True
         ):
             norm, bad, asked = row[len(_TERMS) :]
             self.last_row = dict(zip(_TERMS, means, strict=True)) | {"lr": rate, "grad_norm": norm}
             stopped |= asked > 0
-            self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
             self.skipped += int(bad > 0)
-            line = {"step": step, **self.last_row, "skipped": bool(bad), "ops": ran}
+            line = {"step": step, **self.last_row, "skipped": bool(bad), "ops": ran, "time": time}
             lines.append(line | ({"ids": ids.tolist()} if bad else {}))
-            if self.nonfinite_in_a_row >= self.settings.optim.max_nonfinite:
+            if self.divergence.after(bad=bad > 0, finite_loss=math.isfinite(means[0])):
                 self._log(lines)
-                raise DivergedError(
-                    f"loss or gradient not finite {self.nonfinite_in_a_row} times in a row, at "
-                    f"step {step} (batch ids in metrics.jsonl); lower optim.lr or optim.precision"
-                )
+                raise self.divergence.error(step)
         self._log(lines)
         self.pending = []
         return stopped
@@ -288,77 +333,72 @@ class _Loop:
             append_metrics(self.task.out / "metrics.jsonl", line)
 
     def save(self, step: int, loader: str) -> None:
-        """Writes the run state (process 0) and waits for it."""
-        if self.task.out is None:
+        """Copies the run state, which is then written."""
+        if self.saver is None:
             return
         if self.pending:
             self.flush()
-        if self.processes.is_main:
-            moments, groups = optimizer_tensors(self.optimizer)
-            tensors = {
-                "student": self.task.student.state_dict(),
-                "optimizer": moments,
-                "rng": rng_tensors(),
-            }
-            if self.average is not None:
-                tensors["average"] = self.average
-            meta = {
-                "optimizer": groups,
-                "fingerprint": dict(self.task.fingerprint),
-                "loader": loader,
-                "skipped": self.skipped,
-                "nonfinite_in_a_row": self.nonfinite_in_a_row,
-            }
-            checkpoint.save_state(
-                self.task.out / "state",
-                step,
-                tensors=tensors,
-                meta=meta,
-                keep=self.settings.run.keep,
-            )
-        wait_for_all(self.processes)
+        state = self.engine.state()
+        meta = {
+            "engine": {"name": self.engine.name, **state.rest},
+            "fingerprint": dict(self.task.fingerprint),
+            "loader": loader,
+            "world": self.processes.world,
+            "skipped": self.skipped,
+            "divergence": self.divergence.counts(),
+        }
+        tensors = {**state.tensors, "rng": rng_of_all(self.processes)}
+        self.saver.save(step, replace(state, tensors=tensors), meta)
 
     def resume(self, loader: str) -> int:
         """Loads the newest good state, if any, and returns the step to go on with."""
         if self.task.out is None:
             return 0
-        state = checkpoint.newest_state(self.task.out / "state")
+        state = newest_for_all(self.task.out / "state", self.processes)
         step = 0 if state is None else state.step
-        if any_process(step != broadcast_json(step, self.processes), self.processes):
-            raise UsageError(
-                f"the processes find different states in {self.task.out}; "
-                "--out must be one folder that all of them see"
-            )
         if state is not None:
             checkpoint.refuse_other_run(state.path, state.meta, self.task.fingerprint)
-            made_by = state.meta["loader"]
-            if made_by != loader:
-                raise UsageError(
-                    f"the run in {self.task.out} has views by {made_by}, here they are by "
-                    f"{loader}; set data.backend and data.decode as they were"
-                )
+            self._refuse_other_ways(state, loader)
         if self.processes.is_main:
             truncate_metrics(self.task.out / "metrics.jsonl", step)
-        if state is None:
-            return 0
-        self.task.student.load_state_dict(state.tensors["student"])
-        restore_optimizer(self.optimizer, state.tensors["optimizer"], state.meta["optimizer"])
-        restore_rng(state.tensors["rng"])
-        if self.average is not None:
-            self.average = {
-                name: value.to(self.processes.device)
-                for name, value in state.tensors["average"].items()
-            }
-        self.skipped = state.meta["skipped"]
-        self.nonfinite_in_a_row = state.meta["nonfinite_in_a_row"]
+        if state is not None:
+            self._restore(state)
         wait_for_all(self.processes)
         return step
 
-    def finish(self) -> None:
-        """Puts averaged weights in place and the student in eval mode."""
-        if self.average is not None:
-            self.task.student.load_state_dict(self.average)
+    def _refuse_other_ways(self, state: checkpoint.State, loader: str) -> None:
+        made_by, engine = state.meta["loader"], state.meta["engine"]["name"]
+        if made_by != loader:
+            raise UsageError(
+                f"the run in {self.task.out} has views by {made_by}, here they are by {loader}; "
+                "set data.backend and data.decode as they were"
+            )
+        if (engine == "ddp") != (self.engine.name == "ddp"):
+            raise UsageError(
+                f"the run in {self.task.out} was saved by engine {engine}, which "
+                f"{self.engine.name} cannot continue; set run.engine = {engine!r}"
+            )
+
+    def _restore(self, state: checkpoint.State) -> None:
+        rest = state.meta["engine"]
+        if state.sharded is not None:
+            read_pieces(state.sharded, self.engine.pieces_to_fill(rest))
+        self.engine.restore(EngineState(tensors=state.tensors, rest=rest))
+        restore_rng_of(state.tensors["rng"], self.processes)
+        self.skipped = state.meta["skipped"]
+        self.divergence.restore(state.meta["divergence"])
+
+    def wait_saved(self) -> None:
+        """Until the last state is on disk."""
+        if self.saver is not None:
+            self.saver.wait()
+
+    def finish(self) -> dict[str, Tensor] | None:
+        """Puts averaged weights in place and the student in eval mode; its weights, if cut."""
+        self.wait_saved()
+        whole = self.engine.finish()
         self.task.student.eval()
+        return whole
 
     def _placed(self, images: Tensor) -> Tensor:
         return images.to(

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from mimic_fast.distributed import Processes
 from mimic_fast.errors import UnsafeInputError
 
 
@@ -88,6 +90,29 @@ def rng_tensors() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     return tensors
+
+
+def rng_of_all(processes: Processes) -> dict[str, Tensor]:
+    """The generators of every process, named ``RANK.GENERATOR``, on every process."""
+    own = rng_tensors()
+    if processes.world == 1:
+        return {f"0.{name}": value for name, value in own.items()}
+    found: list[dict[str, Tensor]] = [{} for _ in range(processes.world)]
+    dist.all_gather_object(found, own)
+    return {f"{r}.{name}": value for r, one in enumerate(found) for name, value in one.items()}
+
+
+def restore_rng_of(tensors: Mapping[str, Tensor], processes: Processes) -> None:
+    """This process's own generators; one that was not there when they were saved keeps its seed."""
+    prefix = f"{processes.rank}."
+    own = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    if own:
+        restore_rng(own)
+
+
+def seed_process(seed: int, processes: Processes) -> None:
+    """Seeds the generators that random layers draw from, differently in every process."""
+    torch.manual_seed(seed * 65537 + processes.rank)
 
 
 def restore_rng(tensors: Mapping[str, Tensor]) -> None:

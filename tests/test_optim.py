@@ -14,6 +14,7 @@ from mimic_fast.optim import (
     gradient_norm,
     learning_rate,
     set_learning_rate,
+    start_momentum,
     update_average,
 )
 
@@ -128,6 +129,7 @@ def test_a_skipped_step_leaves_no_trace(name, skipped, momentum):
     # How the training loop drops a step that is not finite: fused optimizers read found_inf.
     model, other = small_model(), small_model()
     optimizers = [build_optimizer(m, settings(name, momentum=momentum)) for m in (model, other)]
+    start_momentum(optimizers[0])
 
     for step in range(5):
         set_gradients(model, seed=step)

@@ -20,8 +20,14 @@ from mimic_fast.errors import UsageError
 _STREAM = 2000
 
 
-def check_batch(images: int, *, batch_size: int, processes: Processes) -> None:
-    """Refuses a global batch that does not fit the images or the processes.
+def check_batch(images: int, *, batch_size: int, processes: Processes, parts: int = 1) -> None:
+    """Refuses a global batch that does not fit the images, the processes or their parts.
+
+    Args:
+        images: Of a pass.
+        batch_size: Images of a step over all processes.
+        processes: They share it evenly.
+        parts: Each process takes its share in so many.
 
     Raises:
         UsageError: If the batch is larger than a pass, or cannot be shared evenly.
@@ -30,6 +36,12 @@ def check_batch(images: int, *, batch_size: int, processes: Processes) -> None:
         raise UsageError(
             f"optim.batch_size {batch_size} does not divide by {processes.world} processes; "
             f"use {batch_size // processes.world * processes.world or processes.world}"
+        )
+    share = batch_size // processes.world
+    if share % parts:
+        raise UsageError(
+            f"optim.batch_size {batch_size} gives each process {share} images, which do not divide "
+            f"into optim.accumulate {parts} parts; choose a divisor of {share}"
         )
     if images < batch_size:
         raise UsageError(

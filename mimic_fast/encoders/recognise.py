@@ -63,7 +63,7 @@ def recognise_spec(
     fields: Fields = {} if card is None else _card_fields(card)
     if not fields:
         fields = _weight_fields({name: tensor.shape for name, tensor in tensors.items()})
-    given = settings.model_dump(exclude={"teacher", "taps"}, exclude_none=True)
+    given = settings.model_dump(exclude={"teacher", "taps", "teacher_shard"}, exclude_none=True)
     if given.get("architecture", fields.get("architecture")) != fields.get("architecture"):
         for key in ("arguments", "undecided", "conventions"):  # those of another architecture
             fields.pop(key, None)
