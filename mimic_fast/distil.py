@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mimic_fast import ops
@@ -21,7 +22,8 @@ from mimic_fast.data.augment import plain_view
 from mimic_fast.data.clean_set import CleanSet, clean_images, write_clean_set
 from mimic_fast.data.loader import TrainingImages, choose_backend
 from mimic_fast.data.order import check_batch
-from mimic_fast.distributed import Processes, start, wait_for_all
+from mimic_fast.distributed import Processes, restarted, start, wait_for_all
+from mimic_fast.encoders.blocks import blocks
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.export import export_encoder
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
@@ -31,6 +33,7 @@ from mimic_fast.encoders.taps import (
     attention_free_taps,
     default_taps,
 )
+from mimic_fast.engines.fsdp2 import shard
 from mimic_fast.errors import UsageError
 from mimic_fast.files import machine_errors, write_atomic
 from mimic_fast.mutual_information.locate import (
@@ -110,8 +113,12 @@ def purify(
         raise UsageError(
             f"evaluation.student_only trains in one process, {world} run; leave it out here"
         )
-    out = _checked_directory(settings)
+    _check_settings(settings)
     accelerator, processes = start(settings.run, settings.optim, expected_world=world)
+    if restarted(processes):
+        run = settings.run.model_copy(update={"resume": "auto"})
+        settings = settings.model_copy(update={"run": run})
+    out = _checked_directory(settings.run)
     wait_for_all(processes)  # all have looked for an earlier run before one writes
     report(Event(phase="start", message=_running(processes, settings)))
     dtype = torch.float64 if settings.optim.precision == "fp64" else torch.float32
@@ -155,7 +162,7 @@ def _purify(
         out=out,
         encoder=path,
         purified=purified,
-        teacher=setup.teacher,
+        teacher=_whole_teacher(setup.teacher, settings),
         clean_set=setup.clean_set,
         pool=setup.pool,
         mutual_information=information,
@@ -196,7 +203,7 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     report(Event(phase="data", message=f"views by {backend.name}: {reason}"))
     taps = settings.encoder.taps or default_taps(teacher.encoder)
     teacher.encoder.requires_grad_(False)
-    teacher_taps = TappedEncoder(teacher.encoder, taps).to(processes.device).eval()
+    teacher_taps = _placed_teacher(TappedEncoder(teacher.encoder, taps), settings, processes)
     # Built from the specification alone: no weight or buffer of the teacher enters the student.
     student_taps = TappedEncoder(build_encoder(spec, seed=settings.seed), taps)
     student_taps.to(processes.device)
@@ -213,6 +220,24 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
         without_attention=attention_free_taps(teacher_taps),
         identity=identity,
     )
+
+
+def _placed_teacher(
+    tapped: TappedEncoder, settings: Settings, processes: Processes
+) -> TappedEncoder:
+    """Whole on this process's device, or cut over all of them."""
+    tapped.eval()
+    if not settings.encoder.teacher_shard:
+        return tapped.to(processes.device)
+    if not dist.is_initialized():
+        raise UsageError(
+            "encoder.teacher_shard cuts the teacher over processes and needs a launcher: "
+            "torchrun --nproc-per-node=N -m mimic_fast ..."
+        )
+    if settings.optim.precision == "fp64":
+        tapped.to(torch.float64)
+    shard(tapped.encoder, blocks(tapped), processes)
+    return tapped
 
 
 def _distil(
@@ -253,6 +278,13 @@ def _distil(
     )
 
 
+def _whole_teacher(teacher: LoadedEncoder, settings: Settings) -> LoadedEncoder:
+    """Read once more where it was cut: what comes now is process 0's alone."""
+    if not settings.encoder.teacher_shard:
+        return teacher
+    return load_encoder(teacher.path, settings.encoder)
+
+
 def _purified(setup: _Setup, trained: Trained, settings: Settings) -> Encoder:
     """The student on the CPU; put together again where an engine had cut it."""
     encoder = setup.student_taps.encoder
@@ -264,16 +296,26 @@ def _purified(setup: _Setup, trained: Trained, settings: Settings) -> Encoder:
     return encoder.to(device="cpu", dtype=torch.float32).eval()
 
 
-def _checked_directory(settings: Settings) -> Path:
-    """The run directory, made if absent, or an error before any work is done."""
+def _check_settings(settings: Settings) -> None:
+    """What can be refused before any process talks to another."""
     if settings.encoder.teacher is None:
         raise UsageError("no teacher given; use --teacher or encoder.teacher in the recipe")
     if settings.data.source is None:
         raise UsageError("no clean images given; use --data or data.source in the recipe")
-    out = settings.run.out
-    if out is None:
+    if settings.run.out is None:
         raise UsageError("no run directory given; use --out or run.out in the recipe")
-    if settings.run.resume == "never" and (out / "config.json").exists():
+    if settings.encoder.teacher_shard and settings.mi.estimator == "dv":
+        raise UsageError(
+            "encoder.teacher_shard cannot run with mi.estimator 'dv', which processes compute each "
+            "for themselves; use 'histogram'"
+        )
+
+
+def _checked_directory(run: RunSettings) -> Path:
+    """The run directory, made if absent, or an error before any work is done."""
+    out = run.out
+    assert out is not None
+    if run.resume == "never" and (out / "config.json").exists():
         raise UsageError(f"{out} already holds a run; use --resume auto or another --out")
     with machine_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -331,6 +373,6 @@ def _check_state(run: RunSettings, identity: dict[str, Any]) -> None:
 
 def _running(processes: Processes, settings: Settings) -> str:
     return (
-        f"{processes.world} process(es) on {processes.device.type}, "
+        f"{processes.world} process(es) on {processes.device.type}, engine {settings.run.engine}, "
         f"precision {settings.optim.precision}, preset {settings.preset}"
     )

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mimic_fast.config import OptimSettings, RunSettings
 from mimic_fast.deepspeed_config import deepspeed_config, zero_stage
@@ -164,6 +165,14 @@ def _kinds(engine: str, world: int) -> set[str]:
     return kinds | {"NO"} if world == 1 else kinds
 
 
+def restarted(processes: Processes) -> bool:
+    """Whether torchrun has started this run again after a process was lost; collective.
+
+    Agents of different nodes count differently, so one of them is enough.
+    """
+    return any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0, processes)
+
+
 def all_gather_rows(tensor: Tensor, processes: Processes) -> Tensor:
     """Concatenates every process's rows in rank order; first dimensions may differ. No gradient."""
     if processes.world == 1:
@@ -175,6 +184,11 @@ def all_gather_rows(tensor: Tensor, processes: Processes) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be cut over the processes, gathered; collective if it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def broadcast_tensors(tensors: Sequence[Tensor], processes: Processes) -> list[Tensor]:

@@ -41,7 +41,10 @@ class StepClock:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Counts the block's time as ``name``, less the sections inside it."""
+        """Counts the block's time as ``name``, less the sections inside it.
+
+        Before ``begin`` it costs nothing and counts nothing.
+        """
         self._marks.enter(name)
         try:
             yield
@@ -104,16 +107,17 @@ class _Marks(Generic[Mark]):
         self._start = self._source.mark()
 
     def enter(self, name: str) -> None:
-        self._passed.append((self._open[-1], self._source.mark()))
+        self._pass()
         self._open.append(name)
 
     def leave(self) -> None:
-        self._passed.append((self._open.pop(), self._source.mark()))
+        self._pass()
+        self._open.pop()
 
     def close(self) -> None:
         if self._start is None:
             raise RuntimeError("StepClock.begin() must be called before the first step")
-        self._passed.append((self._open[-1], self._source.mark()))
+        self._pass()
         self._steps.append((self._start, self._passed))
         self._start, self._passed = self._passed[-1][1], []
 
@@ -127,6 +131,10 @@ class _Marks(Generic[Mark]):
         marks = [mark for start, passed in steps for mark in (start, *(m for _, m in passed[:-1]))]
         self._source.free(marks)
         return rows
+
+    def _pass(self) -> None:
+        if self._start is not None:  # else nobody will read it
+            self._passed.append((self._open[-1], self._source.mark()))
 
     def _row(self, start: Mark, passed: list[tuple[str, Mark]]) -> dict[str, float]:
         spent: dict[str, float] = {"seconds": 0.0}

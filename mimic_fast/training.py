@@ -3,7 +3,6 @@
 Without a teacher it is plain SimCLR training, which pre-training and the student-only floor use.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,13 +20,13 @@ from mimic_fast.config import Settings
 from mimic_fast.data.loader import Batch, Loader, TrainingImages
 from mimic_fast.data.order import check_batch, steps_of
 from mimic_fast.distributed import Processes, wait_for_all
-from mimic_fast.divergence import Divergence
+from mimic_fast.diverged import dump_diverged
 from mimic_fast.encoders.blocks import checkpoint_blocks, compile_blocks
 from mimic_fast.encoders.taps import TappedEncoder
 from mimic_fast.engines.choose import make_engine
 from mimic_fast.engines.engine import EngineState
-from mimic_fast.errors import StoppedError, UsageError
-from mimic_fast.metrics_log import append_metrics, truncate_metrics
+from mimic_fast.errors import DivergedError, StoppedError, UsageError
+from mimic_fast.metrics_log import truncate_metrics
 from mimic_fast.optim import learning_rate
 from mimic_fast.precision import autocast_dtype
 from mimic_fast.progress import Event, Reporter, silent
@@ -35,13 +34,13 @@ from mimic_fast.saver import Saver
 from mimic_fast.sharded_state import newest_for_all, read_pieces
 from mimic_fast.step import Student, step_losses
 from mimic_fast.step_clock import StepClock
+from mimic_fast.trackers import finish as finish_trackers
+from mimic_fast.trackers import start_trackers
+from mimic_fast.training_log import TERMS, TrainingLog
 from mimic_fast.training_state import restore_rng_of, rng_of_all, seed_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_TERMS = ("loss", "clone", "dense", "attention", "contrastive")
-_FLUSH_STEPS = {"cpu": 1, "cuda": 20}  # steps between host reads of losses and flags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +119,15 @@ def train(
     clock = loop.clock
     loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
     first = loop.resume(loader.name) if settings.run.resume == "auto" else 0
+    if task.out is not None:
+        start_trackers(
+            accelerator,
+            settings.run.trackers,
+            out=task.out,
+            settings=settings,
+            resume=first > 0,
+            step=first,
+        )
     start = time.perf_counter()
     clock.begin()
     with loader.batches(first, loop.total_steps) as batches:
@@ -129,28 +137,29 @@ def train(
             loop.step(step, batch, stop=stop())
             clock.step_done()
             last = step + 1 == loop.total_steps
-            if last or (step + 1) % loop.flush_steps == 0:
-                stopped = loop.flush()
+            save = last or (step + 1) % settings.run.checkpoint_every == 0
+            if save or (step + 1) % loop.log.flush_steps == 0:
+                stopped = loop.flush(loader, last=last)
                 rate = (step + 1 - first) * loop.batch_size / (time.perf_counter() - start)
                 report(_event(phase, step + 1, loop, rate))
-                if stopped and not last:
+                if save or stopped:
                     loop.save(step + 1, loader.name)
+                if stopped and not last:
                     loop.wait_saved()
                     raise StoppedError(
                         f"stopped by a signal after step {step + 1}; continue with --resume auto"
                     )
-            if last or (step + 1) % settings.run.checkpoint_every == 0:
-                loop.save(step + 1, loader.name)
             if on_epoch is not None:
                 for epoch in loop.passes_done(step):
                     on_epoch(epoch, task.student)
     whole = loop.finish()
+    finish_trackers(accelerator)
     seconds = time.perf_counter() - start
     return Trained(
         steps=loop.total_steps,
         seconds=seconds,
         images_per_second=(loop.total_steps - first) * loop.batch_size / seconds,
-        skipped=loop.skipped,
+        skipped=loop.log.skipped,
         waited=batches.waited,
         waited_first=batches.waited_first or 0.0,
         whole=whole,
@@ -172,7 +181,6 @@ class _Loop:
         self.image_size = task.student.tapped.encoder.spec.image_size
         if settings.run.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.run.max_steps)
-        self.flush_steps = _FLUSH_STEPS.get(processes.device.type, 1)
         self.dtype = torch.float64 if optim.precision == "fp64" else torch.float32
         # Convolutions run faster in NHWC; 1-channel and ViT inputs are unaffected.
         self.layout = torch.channels_last if optim.channels_last else torch.contiguous_format
@@ -183,10 +191,14 @@ class _Loop:
         )
         self.buffers = [b for b in task.student.buffers() if b.is_floating_point()]
         self.clock = StepClock(processes.device)
-        self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, int]]] = []
-        self.skipped = 0
-        self.divergence = Divergence(optim)
-        self.last_row: dict[str, float] = {}
+        self.log = TrainingLog(
+            task.out,
+            settings=settings,
+            accelerator=accelerator,
+            processes=processes,
+            module=self.engine.module,
+            clock=self.clock,
+        )
         self.saver = self._saver()
 
     def _prepare_modules(self) -> None:
@@ -256,7 +268,7 @@ class _Loop:
         # Views are made ahead in another thread: whose step that was is chance.
         counts = ops.calls() - calls_before
         ran = {name: count for name, count in counts.items() if not name.startswith("views")}
-        self.pending.append((step + 1, rate, batch.ids, row, ran))
+        self.log.add(step + 1, rate=rate, ids=batch.ids, numbers=row, ran=ran)
 
     def _gradients(self, batch: Batch, student_view: Tensor) -> list[Tensor]:
         """Forward and backward of all parts of a batch; the terms of its loss."""
@@ -295,57 +307,58 @@ class _Loop:
             terms = [a + b for a, b in zip(terms, found, strict=True)] if terms else found
         if contrastive is not None:
             # The parts' own term has its gradient, not its value.
-            loss, place = settings.loss.contrastive, _TERMS.index("contrastive")
+            loss, place = settings.loss.contrastive, TERMS.index("contrastive")
             terms[0] = terms[0] + loss * (contrastive.double() - terms[place])
             terms[place] = contrastive.double()
         return terms
 
-    def flush(self) -> bool:
-        """Reads the pending rows, logs them and tells whether any process was asked to stop."""
-        rows = torch.stack([row for *_, row, _ in self.pending])
-        local = rows[:, : len(_TERMS)].clone()
-        if self.processes.world > 1:
-            dist.all_reduce(local)
-            local /= self.processes.world
-        stopped = False
-        lines = []
-        times = self.clock.read()
-        for (step, rate, ids, _, ran), means, row, time in zip(
-            self.pending, local.tolist(), rows.tolist(), times, strict=True
-        ):
-            norm, bad, asked = row[len(_TERMS) :]
-            self.last_row = dict(zip(_TERMS, means, strict=True)) | {"lr": rate, "grad_norm": norm}
-            stopped |= asked > 0
-            self.skipped += int(bad > 0)
-            line = {"step": step, **self.last_row, "skipped": bool(bad), "ops": ran, "time": time}
-            lines.append(line | ({"ids": ids.tolist()} if bad else {}))
-            if self.divergence.after(bad=bad > 0, finite_loss=math.isfinite(means[0])):
-                self._log(lines)
-                raise self.divergence.error(step)
-        self._log(lines)
-        self.pending = []
-        return stopped
+    def flush(self, loader: Loader, *, last: bool) -> bool:
+        """Writes the log and tells whether any process was asked to stop.
 
-    def _log(self, lines: list[dict[str, Any]]) -> None:
-        if self.task.out is None or not self.processes.is_main:
-            return
-        for line in lines:
-            append_metrics(self.task.out / "metrics.jsonl", line)
+        Raises:
+            DivergedError: With the last bad step kept in ``diverged/``.
+        """
+        try:
+            return self.log.flush(last=last)
+        except DivergedError as error:
+            if self.task.out is None:
+                raise
+            folder = self._dump(self.task.out, self.log.rows[-1]["step"], loader)
+            raise DivergedError(f"{error}; mimic-fast replay {folder} runs it again") from None
+
+    def _dump(self, out: Path, step: int, loader: Loader) -> Path:
+        student = self.engine.whole()
+        tapped, teacher = self.task.student.tapped, self.task.fingerprint.get("teacher")
+        with loader.batches(step - 1, step) as batches:  # made again: it hangs on the step alone
+            return dump_diverged(
+                out / "diverged",
+                step=step,
+                student=student if self.processes.is_main else None,
+                batch=next(batches),
+                rank=self.processes.rank,
+                world=self.processes.world,
+                meta={
+                    "settings": self.settings.model_dump(mode="json"),
+                    "spec": tapped.encoder.spec.model_dump(mode="json"),
+                    "taps": list(tapped.taps),
+                    "layer_weights": list(self.task.layer_weights),
+                    "teacher": teacher,
+                    "loss_scale": self.engine.loss_scale(),
+                    "rows": self.log.rows,
+                },
+            )
 
     def save(self, step: int, loader: str) -> None:
         """Copies the run state, which is then written."""
         if self.saver is None:
             return
-        if self.pending:
-            self.flush()
         state = self.engine.state()
         meta = {
             "engine": {"name": self.engine.name, **state.rest},
             "fingerprint": dict(self.task.fingerprint),
             "loader": loader,
             "world": self.processes.world,
-            "skipped": self.skipped,
-            "divergence": self.divergence.counts(),
+            "log": self.log.counts(),
         }
         tensors = {**state.tensors, "rng": rng_of_all(self.processes)}
         self.saver.save(step, replace(state, tensors=tensors), meta)
@@ -385,8 +398,7 @@ class _Loop:
             read_pieces(state.sharded, self.engine.pieces_to_fill(rest))
         self.engine.restore(EngineState(tensors=state.tensors, rest=rest))
         restore_rng_of(state.tensors["rng"], self.processes)
-        self.skipped = state.meta["skipped"]
-        self.divergence.restore(state.meta["divergence"])
+        self.log.restore(state.meta["log"])
 
     def wait_saved(self) -> None:
         """Until the last state is on disk."""
@@ -396,9 +408,9 @@ class _Loop:
     def finish(self) -> dict[str, Tensor] | None:
         """Puts averaged weights in place and the student in eval mode; its weights, if cut."""
         self.wait_saved()
-        whole = self.engine.finish()
+        self.engine.finish()
         self.task.student.eval()
-        return whole
+        return None if self.engine.name == "ddp" else self.engine.whole()
 
     def _placed(self, images: Tensor) -> Tensor:
         return images.to(
@@ -412,5 +424,5 @@ def _event(phase: str, step: int, loop: _Loop, rate: float) -> Event:
         done=step,
         total=loop.total_steps,
         unit="steps",
-        metrics={**loop.last_row, "images_per_second": rate},
+        metrics={"images_per_second": rate, **loop.log.shown},
     )

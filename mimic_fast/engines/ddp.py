@@ -101,3 +101,11 @@ class DdpEngine:
         """Puts averaged weights in place."""
         if self._average is not None:
             self._student.load_state_dict(self._average)
+
+    def whole(self) -> dict[str, Tensor]:
+        """A copy of what every process has."""
+        return {n: v.detach().to("cpu", copy=True) for n, v in self._student.state_dict().items()}
+
+    def loss_scale(self) -> float:
+        """Of float16; else 1."""
+        return 1.0 if self._scale is None else float(self._scale.scale)

@@ -75,8 +75,14 @@ class Engine(Protocol):
         """Where the ranges of a saved state go, its moments made if need be."""
         ...
 
-    def finish(self) -> dict[str, Tensor] | None:
-        """The student's whole state on the CPU of every process, averaged if it is averaged;
-        None: it lies in the student itself.
-        """
+    def loss_scale(self) -> float:
+        """What float16's losses are multiplied by before backward; else 1."""
+        ...
+
+    def finish(self) -> None:
+        """Puts averaged weights in place, where an average was kept; collective."""
+        ...
+
+    def whole(self) -> dict[str, Tensor]:
+        """The student's whole state on the CPU of every process; collective."""
         ...

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 
 class FlatPiece:
-    """Values ``[offset, offset + n)`` of a flattened tensor, as torch.distributed.checkpoint sees it.
+    """Values ``[offset, offset + n)`` of a flattened tensor, for torch.distributed.checkpoint.
 
     Args:
         values: One-dimensional; loading writes into it.

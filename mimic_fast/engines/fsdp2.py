@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mimic_fast.config import OptimSettings
-from mimic_fast.distributed import Processes
+from mimic_fast.distributed import Processes, whole
 from mimic_fast.engines.engine import Update
 from mimic_fast.engines.flat_piece import FlatPiece
 from mimic_fast.engines.sharded import Sharded
@@ -121,22 +121,17 @@ class Fsdp2Engine(Sharded):
             return float(self._optimizer.state[row].get("step", 0.0))
         return 0.0
 
-    def finish(self) -> dict[str, Tensor]:
+    def whole(self) -> dict[str, Tensor]:
         """Gathers one parameter after the other."""
-        self._take_average()
-        return {name: _whole(value).cpu() for name, value in self._student.state_dict().items()}
+        return {name: whole(value).cpu() for name, value in self._student.state_dict().items()}
 
     def _piece(self, name: str, rows: Tensor) -> FlatPiece:
-        whole = self._cut[name]
+        cut = self._cut[name]
         # As torch.chunk cuts: all processes but the last ones hold equally many rows.
-        each = -(-whole.shape[0] // self._processes.world) * math.prod(whole.shape[1:])
-        return FlatPiece(rows.view(-1), offset=self._processes.rank * each, total=whole.numel())
+        each = -(-cut.shape[0] // self._processes.world) * math.prod(cut.shape[1:])
+        return FlatPiece(rows.view(-1), offset=self._processes.rank * each, total=cut.numel())
 
 
 def _rows(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
     return tensor.to_local().detach()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

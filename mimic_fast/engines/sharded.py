@@ -76,6 +76,18 @@ class Sharded:
             self._scale.restore(dict(state.tensors["scale"]))
         self.weights_changed()
 
+    def loss_scale(self) -> float:
+        """Of float16; else 1."""
+        return 1.0 if self._scale is None else float(self._scale.scale)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Puts averaged weights in place."""
+        if self._average is not None:
+            for name, value in self._averaged().items():
+                value.copy_(self._average[name])
+            self.weights_changed()
+
     def _start_average(self) -> None:
         if self._optim.ema:
             self._average = {name: value.clone() for name, value in self._averaged().items()}
@@ -87,13 +99,6 @@ class Sharded:
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 list(self._average.values()), list(now.values()), 1 - self._optim.ema
             )
-
-    @torch.no_grad()
-    def _take_average(self) -> None:
-        if self._average is not None:
-            for name, value in self._averaged().items():
-                value.copy_(self._average[name])
-            self.weights_changed()
 
     def _averaged(self) -> dict[str, Tensor]:
         weights = {name: piece.values for name, piece in self.weights().items()}

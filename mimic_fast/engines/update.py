@@ -26,7 +26,8 @@ def update_locally(
 
 
 def spoiled(loss: Tensor) -> Tensor:
-    """``loss``, with gradients that are not finite wherever it is not: added up over processes,
-    they tell all of them.
+    """``loss``, with gradients that are not finite where it is not.
+
+    Added up over processes, they tell all of them.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

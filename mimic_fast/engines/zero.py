@@ -124,11 +124,10 @@ class ZeroEngine(Sharded):
         if kept:
             kept[0].all_gather(kept)
 
-    def finish(self) -> dict[str, Tensor]:
+    def whole(self) -> dict[str, Tensor]:
         """Gathers one parameter after the other."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        self._take_average()
         whole = {name: buffer.detach().cpu().clone() for name, buffer in self._buffers().items()}
         for name, parameter in self._student.named_parameters():
             with GatheredParameters(parameter, enabled=self._stage == 3):

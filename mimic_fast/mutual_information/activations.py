@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mimic_fast.data.augment import plain_view
 from mimic_fast.distributed import Processes, all_gather_rows, any_process, broadcast_json
@@ -76,10 +77,10 @@ def pooled_activations(
     # Every process polls as often as process 0, which has the most chunks.
     for turn in range(-(-chunks // world)):
         step.poll()
-        if turn < len(own):
-            index = own[turn]
-            part = images[index * chunk : (index + 1) * chunk]
-            done.append(_chunk_activations(tapped, part, f"pooled_{index:06d}", pool, step))
+        index = own[turn] if turn < len(own) else None
+        rows = _chunk_activations(tapped, images, index, chunk, pool, step)
+        if rows is not None:
+            done.append(rows)
         shown = min(len(images), (turn + 1) * world * chunk)
         step.report(Event(phase="locate", done=shown, total=len(images), unit="images"))
     widths = broadcast_json(
@@ -133,19 +134,31 @@ def check_finite(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
 def _chunk_activations(
     tapped: TappedEncoder,
     images: Tensor,
-    name: str,
+    index: int | None,
+    chunk: int,
     pool: Literal["mean", "class_token"],
     step: StepA,
-) -> list[Tensor]:
-    found = step.parts.find(name, images)
-    if found is None:
+) -> list[Tensor] | None:
+    """Rows of one chunk, None if this process has no more.
+
+    Where the encoder is cut over the processes, all of them run it whenever one of them must.
+    """
+    name = f"pooled_{index or 0:06d}"
+    part = images[:chunk] if index is None else images[index * chunk : (index + 1) * chunk]
+    found = None if index is None else step.parts.find(name, part)
+    needed = index is not None and found is None
+    if isinstance(tapped.encoder, FSDPModule):
+        forward = any_process(needed, step.processes)
+    else:
+        forward = needed
+    if forward:
         with undisturbed(tapped), torch.no_grad():
-            view = next(_views(tapped, images, len(images)))
+            view = next(_views(tapped, part, len(part)))
             features, layers = tapped.pooled(view, pool=pool)
-        rows = {f"{i:04d}": t.float().cpu() for i, t in enumerate((features, *layers))}
-        step.parts.keep(name, images, rows)
-        found = rows
-    return [found[key] for key in sorted(found)]
+        if needed:
+            found = {f"{i:04d}": t.float().cpu() for i, t in enumerate((features, *layers))}
+            step.parts.keep(name, part, found)
+    return None if found is None else [found[key] for key in sorted(found)]
 
 
 def _views(tapped: TappedEncoder, images: Tensor, chunk: int) -> Iterator[Tensor]:

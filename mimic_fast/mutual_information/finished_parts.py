@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimic_fast.distributed import whole
 from mimic_fast.encoders.taps import TappedEncoder
 from mimic_fast.files import write_atomic
 
@@ -72,11 +73,11 @@ class FinishedParts:
 
 
 def encoder_origin(tapped: TappedEncoder) -> dict[str, Any]:
-    """What decides an encoder's activations on given images, as JSON values."""
+    """What decides an encoder's activations on given images, as JSON values; collective."""
     state = tapped.encoder.state_dict()
     weights = hashlib.sha256()
     for key in sorted(state):
-        weights.update(f"{key} {tensor_digest(state[key])}\n".encode())
+        weights.update(f"{key} {tensor_digest(whole(state[key]))}\n".encode())
     return {
         "weights": weights.hexdigest(),
         "spec": tapped.encoder.spec.model_dump(mode="json"),

@@ -81,7 +81,9 @@ def locate(
         MachineError: If the run directory cannot be written.
     """
     _check_required(settings)
-    _, processes = start(settings.run, settings.optim, expected_world=world)
+    # No student is trained: how it would be cut does not matter.
+    run = settings.run.model_copy(update={"engine": "ddp", "deepspeed": None})
+    _, processes = start(run, settings.optim, expected_world=world)
     out = settings.run.out
     if out is not None and processes.is_main:
         write_atomic(out / "config.json", settings_json(settings).encode())
