@@ -13,17 +13,26 @@ from typing import Annotated
 import typer
 
 from mimic_fast.errors import MachineError, MimicError, StoppedError, UsageError
+from mimic_fast.launch.arguments import launched_processes
 from mimic_fast.launch.commands import attack, bench, config, data
 from mimic_fast.launch.commands.aot import aot
 from mimic_fast.launch.commands.demo import demo
+from mimic_fast.launch.commands.doctor import doctor
 from mimic_fast.launch.commands.evaluate import evaluate
 from mimic_fast.launch.commands.frames import frames
 from mimic_fast.launch.commands.inspect import inspect
 from mimic_fast.launch.commands.locate import locate
+from mimic_fast.launch.commands.plan import plan
 from mimic_fast.launch.commands.pretrain import pretrain
 from mimic_fast.launch.commands.purify import purify
+from mimic_fast.launch.commands.replay import replay
+from mimic_fast.launch.commands.slurm import slurm
+from mimic_fast.launch.start_up import signals_end_the_start
 from mimic_fast.launch.tables import printable
 from mimic_fast.version import VERSION
+
+# What gloo says when a peer has died or does not answer; NCCL and the stores have error classes.
+_LOST = ("by peer", "connection refused", "broken pipe", "timed out waiting", "connectfullmesh")
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: nothing was saved, unlike exit 6
 
@@ -37,7 +46,9 @@ app = typer.Typer(
 for command in (demo, purify, locate, evaluate):
     app.command()(command)
 app.add_typer(attack.app, name="attack")
-for command in (pretrain, inspect, frames, aot):
+for command in (pretrain, inspect, frames, slurm, aot):
+    app.command()(command)
+for command in (doctor, plan, replay):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
@@ -68,7 +79,8 @@ def root(
 def main() -> None:
     """Entry point of ``mimic-fast``."""
     warnings.formatwarning = _one_line
-    code = run(sys.argv[1:])
+    with signals_end_the_start():
+        code = run(sys.argv[1:])
     if code in (0, StoppedError.exit_code):
         _leave_process_group()
     sys.exit(code)
@@ -87,9 +99,14 @@ def run(arguments: list[str]) -> int:
         message: str = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
         return _failed(message, UsageError.exit_code)
     except (MemoryError, OSError, RuntimeError) as error:
-        if not _machine_is_at_fault(error):
+        if _peer_is_gone(error):
+            said = str(error).strip().splitlines()[0]
+            message = f"another process of this run is gone ({said}); continue with --resume auto"
+        elif _machine_is_at_fault(error):
+            message = str(error) or "out of memory"
+        else:
             raise
-        return _failed(str(error) or "out of memory", MachineError.exit_code)
+        return _failed(message, MachineError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     return _failed("interrupted; nothing was saved", code) if code == INTERRUPTED else code
@@ -112,6 +129,18 @@ def _failed(message: str, code: int) -> int:
     where = "" if rank == "0" else f" (rank {rank})"
     typer.echo(f"error{where}: {printable(' '.join(message.split()))}", err=True)
     return code
+
+
+def _peer_is_gone(error: BaseException) -> bool:
+    """Whether the processes have lost each other, which every backend reports in its own way."""
+    if "torch.distributed" not in sys.modules or launched_processes() == 1:
+        return False
+    import torch.distributed as dist
+
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)
+    )
 
 
 def _machine_is_at_fault(error: BaseException) -> bool:

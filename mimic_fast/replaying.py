@@ -94,7 +94,8 @@ def replay(
     (losses.total * step.loss_scale).backward()
     gradients = {n: p.grad for n, p in step.student.named_parameters() if p.grad is not None}
     norm = float(get_total_norm(gradients.values())) / step.loss_scale
-    terms = {name: float(getattr(losses, name)) for name in _TERMS} | {"loss": float(losses.total)}
+    terms = {name: float(getattr(losses, name).detach()) for name in _TERMS}
+    terms["loss"] = float(losses.total.detach())
     finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
     ids = dump.batch.ids.tolist()
     step.student.load_state_dict(dump.student)  # the step has spoiled BatchNorm's statistics

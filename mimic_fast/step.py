@@ -48,6 +48,8 @@ class Student(nn.Module):
                 features = self.tapped.encoder(images)
             else:
                 features = self.tapped.listened(images, listener)
+            if features._is_view():  # FSDP2 hangs its hooks on the outputs, and a view drops them
+                features = features.clone()
             return features, self.projection(features) if self.projection is not None else None
 
 

@@ -31,10 +31,12 @@ LAYERS = [
         "training_state",
         "metrics_log",
         "distributed",
+        "watch",
         "batchnorm",
         "optim",
     },
     {
+        "planning",
         "step",
         "training",
         "pretraining",

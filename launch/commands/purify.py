@@ -1,5 +1,7 @@
 """``mimic-fast purify``: locate, distil, export, measure, report."""
 
+import signal
+
 import typer
 
 from mimic_fast.launch.arguments import (
@@ -21,7 +23,6 @@ from mimic_fast.launch.arguments import (
     Teacher,
     downstream_values,
     given,
-    is_main_process,
     launched_processes,
     print_json,
 )
@@ -73,13 +74,21 @@ def purify(
     from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.launch.tables import print_report
+    from mimic_fast.watch import process_0_alone, running_processes
 
     keep_freed_memory()
-    with progress_bars() as report, StopSignal() as stop:
-        result = run(settings, world=launched_processes(), report=report, stop=stop)
-        if not is_main_process():
-            return
-        content = write_evidence(result, settings, report=report, stop=stop)
+    # torchrun ends the other processes when one has left: that must not change their exit codes.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    with StopSignal() as signalled, progress_bars() as report:
+        result = run(settings, world=launched_processes(), report=report, stop=signalled)
+        content = process_0_alone(
+            lambda stop: write_evidence(result, settings, report=report, stop=stop),
+            processes=running_processes(),
+            stop=signalled,
+        )
+    if content is None:
+        return
     if as_json:
         print_json(content)
     else:

@@ -6,8 +6,9 @@ memory does not grow with the set, and each image is decoded once.
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,6 +23,7 @@ from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.progress import Event, Reporter, silent
+from mimic_fast.watch import leave_if
 
 _BLOCK = 1024  # images decoded at a time: 154 MB at 224x224
 
@@ -151,25 +153,27 @@ def encode_split(
     trigger: Trigger | None,
     batch_size: int,
     report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
 ) -> EncodedSplit:
     """Features of a split under every encoder, clean and (with a trigger) triggered.
 
     Raises:
         UnsafeInputError: If no image can be read or an encoder gives features that are not finite.
+        StoppedError: If ``stop`` told so, polled at every image and batch.
     """
     clean: dict[str, list[Tensor]] = {role: [] for role in encoders}
     triggered: dict[str, list[Tensor]] = {role: [] for role in encoders}
     kept: list[Tensor] = []
     done, total = 0, len(split.indices)
     for positions in torch.arange(total).tensor_split(math.ceil(total / _BLOCK)):
-        blocks, readable = _load_each_size(split, positions, encoders, report)
+        blocks, readable = _load_each_size(split, positions, encoders, report, stop)
         kept.append(readable)
         for role, loaded in encoders.items():
             images = blocks[_input_size(loaded)]
-            clean[role].append(encode(loaded.encoder, images, batch_size=batch_size))
+            features_of = partial(encode, loaded.encoder, images, batch_size=batch_size, stop=stop)
+            clean[role].append(features_of())
             if trigger is not None:
-                features = encode(loaded.encoder, images, batch_size=batch_size, trigger=trigger)
-                triggered[role].append(features)
+                triggered[role].append(features_of(trigger=trigger))
         done += len(positions)
         report(Event(phase="evaluate", done=done, total=total, unit="images"))
     positions = torch.cat(kept)
@@ -184,7 +188,11 @@ def encode_split(
 
 
 def _load_each_size(
-    split: Split, positions: Tensor, encoders: Mapping[str, Measurable], report: Reporter
+    split: Split,
+    positions: Tensor,
+    encoders: Mapping[str, Measurable],
+    report: Reporter,
+    stop: Callable[[], bool],
 ) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
     """A block of images for every input size in use, and the positions that could be read."""
     indices = split.indices[positions].tolist()
@@ -192,7 +200,7 @@ def _load_each_size(
     kept: tuple[int, ...] = ()
     for size, channels in sorted({_input_size(loaded) for loaded in encoders.values()}):
         images, kept = load_images(
-            split.source,
+            _polling(split.source, stop),
             indices,
             image_size=size,
             channels=channels,
@@ -202,6 +210,16 @@ def _load_each_size(
         blocks[size, channels] = images
     readable = torch.isin(split.indices[positions], torch.tensor(kept))
     return blocks, positions[readable]
+
+
+def _polling(source: Source, stop: Callable[[], bool]) -> Source:
+    """The source, left where ``stop`` tells so: a thousand photographs take long to decode."""
+
+    def read(index: int) -> bytes:
+        leave_if(stop)
+        return source.read(index)
+
+    return replace(source, read=read)
 
 
 def _messages_only(report: Reporter) -> Reporter:

@@ -7,7 +7,8 @@ given their true class. The target is fixed once on the teacher and kept for eve
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from mimic_fast.evaluation.scores import (
     example_rows,
 )
 from mimic_fast.progress import Reporter, silent
+from mimic_fast.watch import leave_if
 
 Probes = Mapping[tuple[str, str], LinearProbe | KnnProbe]  # by role and probe name
 
@@ -44,6 +46,7 @@ def evaluate_encoders(
     *,
     seed: int,
     report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Measures encoders on every downstream set of the settings.
 
@@ -55,6 +58,7 @@ def evaluate_encoders(
         settings: Downstream sets, attack, probes.
         seed: Draws the labeled subset and the test images.
         report: Told the number of images done and what was left out.
+        stop: Polled between images, batches and fits; true leaves.
 
     Returns:
         ``encoders``, ``comparisons`` (paired differences, purified minus each of the others),
@@ -65,6 +69,7 @@ def evaluate_encoders(
         UsageError: If a source has no labels, no teacher is there to work out the target with, or
             two sets share a name.
         UnsafeInputError: If an encoder gives features that are not finite.
+        StoppedError: If ``stop`` told so.
     """
     attack = None if settings.attack is None else read_attack(settings.attack)
     names = [downstream.name for downstream in settings.downstream]
@@ -78,7 +83,7 @@ def evaluate_encoders(
     targets: dict[str, int] = {}
     for downstream in settings.downstream:
         data = open_downstream(downstream, settings, seed=seed)
-        scores, facts = _measure(data, encoders, attack, settings, report)
+        scores, facts = _measure(data, encoders, attack, settings, report, stop)
         _add(result, scores, facts)
         targets |= {score.dataset: score.stamped.target for score in scores if score.stamped}
     if settings.attack is not None and targets:
@@ -92,21 +97,26 @@ def _measure(
     attack: Attack | None,
     settings: EvaluationSettings,
     report: Reporter,
+    stop: Callable[[], bool],
 ) -> tuple[list[Score], dict[str, Any]]:
     """Scores of every encoder and probe, and the facts about the set for ``datasets``."""
     size = settings.batch_size
     trigger = None if attack is None else attack.trigger
-    train = encode_split(data.train, encoders, trigger=None, batch_size=size, report=report)
+    encoded = partial(encode_split, encoders=encoders, batch_size=size, report=report, stop=stop)
+    train = encoded(data.train, trigger=None)
     probes = {
-        (role, name): _fit(name, train.clean[role], train.labels, data.num_classes, settings)
+        (role, name): _fit(name, train.clean[role], train.labels, data.num_classes, settings, stop)
         for role in encoders
         for name in settings.probe
     }
     target = None
     if attack is not None:
-        target = _target(data, train, encoders, attack, probes, settings)
-    test = encode_split(data.test, encoders, trigger=trigger, batch_size=size, report=report)
-    scores = [_score(data.name, key, probe, test, attack, target) for key, probe in probes.items()]
+        target = _target(data, train, encoders, attack, probes, settings, stop)
+    test = encoded(data.test, trigger=trigger)
+    scores: list[Score] = []
+    for key, probe in probes.items():
+        leave_if(stop)
+        scores.append(_score(data.name, key, probe, test, attack, target))
     facts = {
         "name": data.name,
         "train": data.train.source.name,
@@ -121,10 +131,17 @@ def _measure(
 
 
 def _fit(
-    name: str, features: Tensor, labels: Tensor, num_classes: int, settings: EvaluationSettings
+    name: str,
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    settings: EvaluationSettings,
+    stop: Callable[[], bool],
 ) -> LinearProbe | KnnProbe:
     if name == "linear":
-        return fit_linear_probe(features, labels, num_classes=num_classes, l2=settings.probe_l2)
+        return fit_linear_probe(
+            features, labels, num_classes=num_classes, l2=settings.probe_l2, stop=stop
+        )
     return fit_knn_probe(features, labels, num_classes=num_classes)
 
 
@@ -160,6 +177,7 @@ def _target(
     attack: Attack,
     probes: Probes,
     settings: EvaluationSettings,
+    stop: Callable[[], bool],
 ) -> int:
     """The attack's class on this set: as recorded, else as the teacher's linear probe says."""
     if data.name in attack.targets:
@@ -171,7 +189,7 @@ def _target(
         )
     teacher = encoders["teacher"]
     probe = probes.get(("teacher", "linear")) or _fit(
-        "linear", train.clean["teacher"], train.labels, data.num_classes, settings
+        "linear", train.clean["teacher"], train.labels, data.num_classes, settings, stop
     )
     if attack.reference is not None:
         spec = teacher.encoder.spec
@@ -180,7 +198,9 @@ def _target(
     else:  # a poisoning attack: the class that most triggered training images go to
         only_teacher = {"teacher": teacher}
         size = settings.batch_size
-        split = encode_split(data.train, only_teacher, trigger=attack.trigger, batch_size=size)
+        split = encode_split(
+            data.train, only_teacher, trigger=attack.trigger, batch_size=size, stop=stop
+        )
         features = split.triggered["teacher"]
     return int(probe.predict(features).mode().values)
 

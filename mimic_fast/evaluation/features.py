@@ -1,6 +1,6 @@
 """Features of many images, batch by batch, with or without a trigger."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.evaluation.triggers import Trigger, apply_trigger, fit_trigger
 from mimic_fast.progress import Event, Reporter, silent
+from mimic_fast.watch import leave_if
 
 
 def encode(
@@ -19,6 +20,7 @@ def encode(
     batch_size: int = 256,
     trigger: Trigger | None = None,
     report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Float[Tensor, "image feature"]:
     """Features in float32 on the CPU, in eval mode, without gradient.
 
@@ -30,10 +32,12 @@ def encode(
         batch_size: Images per forward.
         trigger: Stamped on every image if given, resized to fit.
         report: Told the number of images done.
+        stop: Polled every batch; true leaves.
 
     Raises:
         UsageError: If there are no images.
         UnsafeInputError: If a feature is not finite.
+        StoppedError: If ``stop`` told so.
     """
     if not len(images):
         raise UsageError("no images to encode; give at least one")
@@ -44,6 +48,7 @@ def encode(
     chunks: list[Tensor] = []
     with eval_mode(encoder), torch.no_grad():
         for start in range(0, len(images), batch_size):
+            leave_if(stop)
             batch = _as_float(images[start : start + batch_size]).to(weight)
             if trigger is not None:
                 batch = apply_trigger(batch, trigger)

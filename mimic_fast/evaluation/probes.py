@@ -4,6 +4,7 @@ The linear probe is multinomial logistic regression; the kNN probe votes by cosi
 (k = min(200, n/2), temperature 0.5), as usual for self-supervised encoders.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mimic_fast.errors import UsageError
+from mimic_fast.watch import leave_if
 
 _MAX_ITERATIONS = 500
 _CONSTANT = 1e-6  # a feature that varies less, relatively, is float32 rounding: left unscaled
@@ -84,6 +86,7 @@ def fit_linear_probe(
     *,
     num_classes: int,
     l2: float,
+    stop: Callable[[], bool] = lambda: False,
 ) -> LinearProbe:
     """Minimizes mean cross-entropy + l2/2 ||weight||^2 (bias free) by L-BFGS from zero, in float64.
 
@@ -94,9 +97,11 @@ def fit_linear_probe(
         labels: Class indices.
         num_classes: Number of classes, absent ones included.
         l2: Penalty on the weights of standardized features, dimensionless.
+        stop: Polled every iteration; true leaves.
 
     Raises:
         UsageError: If there are no images or a label is out of range.
+        StoppedError: If ``stop`` told so.
     """
     _check(features, labels, num_classes)
     x = features.double()
@@ -115,6 +120,7 @@ def fit_linear_probe(
     )
 
     def closure() -> Tensor:
+        leave_if(stop)
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight.T + bias, labels) + 0.5 * l2 * weight.square().sum()
         loss.backward()
