@@ -6,7 +6,7 @@ and ranks above 0 say nothing. All of it goes to stderr.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
@@ -17,10 +17,12 @@ from mimic_fast.launch.tables import printable
 from mimic_fast.progress import Event, Reporter, silent
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, Task, TaskID
 
 SHOW_AFTER = 2.0  # seconds
-_BESIDE_METRICS = 66  # columns that the rest of a line takes
+_BAR = 16  # columns
+_TIME_LEFT = 8  # columns, up to 99:59:59
+_FIRST = ("data_wait", "loss", "lr", "images_per_second_per_process", "teacher_ms", "student_ms")
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def _columns(stream: IO[str]) -> "Progress":
 
     return Progress(
         TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=_BAR),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
@@ -94,25 +96,54 @@ def _drawn_on(progress: "Progress", after: float) -> Reporter:
             total=event.total,
             visible=now - start >= after,
             rate=_rate(event, event.done - first, now - start),
-            metrics=_metrics(event, room=progress.console.width - _BESIDE_METRICS),
+        )
+        shown = [other for other in progress.tasks if other.visible]
+        progress.update(
+            task, metrics=_metrics(event, room=progress.console.width - _columns_taken(shown))
         )
 
     return report
+
+
+def _columns_taken(tasks: "Sequence[Task]") -> int:
+    """Width of all but the metrics: every column is as wide as its widest line, and a space."""
+    described = max((len(task.description) for task in tasks), default=0)
+    counted = max((2 * len(str(task.total)) + 1 for task in tasks), default=0)
+    rated = max((len(task.fields["rate"]) for task in tasks), default=0)
+    return max(described, 10) + _BAR + counted + rated + _TIME_LEFT + 5
 
 
 def _rate(event: Event, units: int, seconds: float) -> str:
     """Images a second where the event knows, else units a second since the phase began."""
     rate = event.metrics.get("images_per_second")
     if rate is not None:
-        return f"{rate:.0f} images/s"
+        return f"{_short(rate)} images/s"
     return f"{units / seconds:.1f} {event.unit}/s" if seconds > 0 else ""
 
 
 def _metrics(event: Event, *, room: int) -> str:
-    """As many metrics as fit."""
+    """As many metrics as fit, those first that tell most of a run's health."""
+    known = event.metrics
     text = ""
-    for name, value in event.metrics.items():
-        longer = f"{text} {name} {value:.3g}".lstrip()
-        if name != "images_per_second" and len(longer) <= room:
+    for name in (*_FIRST, *(name for name in known if name not in _FIRST)):
+        if name not in known or name == "images_per_second":
+            continue
+        longer = f"{text} {_metric(name, known[name])}".strip()
+        if len(longer) <= room:
             text = longer
     return text
+
+
+def _metric(name: str, value: float) -> str:
+    """A number with its name; of what took no time, nothing."""
+    if name == "data_wait":
+        return f"wait {value:.0%}"
+    if name == "images_per_second_per_process":
+        return f"{_short(value)}/s each"
+    if name.endswith("_ms"):
+        return f"{name.removesuffix('_ms')} {_short(value)} ms" if value else ""
+    return f"{name} {value:.3g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -41,8 +41,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if (
-            not self.track_running_stats
-            or self.running_mean is None
+            self.running_mean is None
             or self.running_var is None
             or self.num_batches_tracked is None
         ):

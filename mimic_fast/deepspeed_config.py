@@ -42,7 +42,12 @@ def deepspeed_config(run: RunSettings, optim: OptimSettings, *, world: int) -> d
 
 
 def _built_in(stage: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": True}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_bucket_size": 25_000_000,  # values; DeepSpeed's own takes 2 GB for any student
+    }
     if stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": False}
     return {

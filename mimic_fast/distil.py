@@ -234,8 +234,6 @@ def _placed_teacher(
             "encoder.teacher_shard cuts the teacher over processes and needs a launcher: "
             "torchrun --nproc-per-node=N -m mimic_fast ..."
         )
-    if settings.optim.precision == "fp64":
-        tapped.to(torch.float64)
     shard(tapped.encoder, blocks(tapped), processes)
     return tapped
 
@@ -304,6 +302,8 @@ def _check_settings(settings: Settings) -> None:
         raise UsageError("no clean images given; use --data or data.source in the recipe")
     if settings.run.out is None:
         raise UsageError("no run directory given; use --out or run.out in the recipe")
+    if settings.encoder.teacher_shard and settings.optim.precision == "fp64":
+        raise UsageError("encoder.teacher_shard keeps float32 weights; use another precision")
     if settings.encoder.teacher_shard and settings.mi.estimator == "dv":
         raise UsageError(
             "encoder.teacher_shard cannot run with mi.estimator 'dv', which processes compute each "

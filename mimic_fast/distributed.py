@@ -154,6 +154,8 @@ def _prepare_deepspeed(*, on_cpu: bool) -> None:
     # It builds its CPU communication with ninja, which lies beside this Python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its own use of older names of torch is nothing a user could change.
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
 
 
 def _kinds(engine: str, world: int) -> set[str]:

@@ -185,5 +185,10 @@ def _automatic(images: TrainingImages, *, decode: str, device: torch.device) -> 
 
 
 def _without_gradient(batches: Iterator[Batch]) -> Iterator[Batch]:
-    with torch.no_grad():
-        yield from batches
+    # Not around a yield: without prefetching, the step between two batches would run inside.
+    while True:
+        with torch.no_grad():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

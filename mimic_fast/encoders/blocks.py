@@ -66,13 +66,19 @@ def _contexts(
 def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
     """The second forward of a block sees the same batch: it must not count in BatchNorm again."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [
+        (norm, norm.momentum, norm.num_batches_tracked, norm.num_batches_tracked.clone())
+        for norm in norms
+        if norm.num_batches_tracked is not None
+    ]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0  # it must save as many tensors as the first forward did
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count, old in before:
+            norm.momentum = momentum
+            count.copy_(old)
 
 
 def _refuse_inner_taps(tapped: TappedEncoder, units: list[nn.Module], setting: str) -> None:

@@ -67,6 +67,58 @@ def test_metrics_that_do_not_fit_are_left_out(terminal, monkeypatch):
     assert "clone" not in text
 
 
+def train(report: Reporter) -> None:
+    report(Event(phase="locate", done=3000, total=3000, unit="images"))
+    metrics = {
+        "images_per_second": 1234.4,
+        "loss": 0.12345,
+        "clone": -0.5,
+        "lr": 0.001,
+        "images_per_second_per_process": 617.2,
+        "data_wait": 0.034,
+        "teacher_ms": 12.3,
+        "student_ms": 104.4,
+    }
+    report(Event(phase="distil", done=5, total=40, unit="steps", metrics=metrics))
+
+
+def test_what_a_step_costs_comes_before_parts_of_the_loss(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+    text = drawn(terminal, after=0.0, tell=train)
+
+    assert re.search(r"distil +\S+.* +5/40 +1234 images/s ", text)
+    assert "wait 3% loss 0.123 lr 0.001 617/s each teacher 12 ms student 104 ms clone -0.5" in text
+
+
+@pytest.mark.parametrize("columns", [30, 50, 70, 80, 90, 100, 120, 140])
+def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(terminal, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    lines = drawn(terminal, after=0.0, tell=train).replace("\r", "\n").splitlines()
+
+    assert max(map(len, lines)) <= columns
+    if columns >= 70:
+        (line,) = {line.rstrip() for line in lines if "1234 images/s" in line}
+        assert "…" not in line
+        ends = ("1234 images/s", "--:--", "wait 3%", "0.123", "0.001", "each", "ms", "-0.5")
+        assert line.endswith(ends)
+    if columns >= 90:
+        assert "wait 3%" in line
+
+
+def test_no_time_is_told_of_a_teacher_that_there_is_none(terminal):
+    def alone(report: Reporter) -> None:
+        metrics = {"images_per_second": 3.21, "teacher_ms": 0.0, "student_ms": 7.5}
+        report(Event(phase="train", done=5, total=40, unit="steps", metrics=metrics))
+
+    text = drawn(terminal, after=0.0, tell=alone)
+
+    assert "3.2 images/s" in text
+    assert "student 7.5 ms" in text
+    assert "teacher" not in text
+
+
 def test_short_phases_get_no_bar(terminal):
     assert drawn(terminal, after=60.0).split() == ["300", "images", "of", "[folder]"]
 
