@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHOW_AFTER = 2.0  # seconds
 _BAR = 16  # columns
 _TIME_LEFT = 8  # columns, up to 99:59:59
-_FIRST = ("data_wait", "loss", "lr", "images_per_second_per_process", "teacher_ms", "student_ms")
+_FIRST = ("loss", "data_wait", "lr", "images_per_second_per_process", "teacher_ms", "student_ms")
 
 
 @contextmanager

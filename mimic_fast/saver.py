@@ -49,7 +49,7 @@ class Saver:
         self._error: BaseException | None = None
         # The training goes on talking in the default group, so the thread needs one of its own.
         self._group: dist.ProcessGroup | None = None
-        if processes.world > 1:
+        if dist.is_initialized():  # of one process too: what is cut is written through a group
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup)
             self._group = group

@@ -99,10 +99,7 @@ def newest_for_all(root: Path, processes: Processes) -> checkpoint.State | None:
     """
     state = checkpoint.newest_state(root) if processes.is_main else None
     name = broadcast_json(None if state is None else state.path.name, processes)
-    if processes.is_main or name is None:
-        seen = True
-    else:
-        seen = (root / name).is_dir()
+    seen = processes.is_main or name is None or (root / name).is_dir()
     if any_process(not seen, processes):
         raise UsageError(
             f"not all processes see the state {name} in {root}; --out must be one folder that all "

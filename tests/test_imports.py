@@ -222,7 +222,8 @@ def test_library_code_neither_prints_nor_reads_the_environment():
         for file in sources()
         if area(file) not in ("launch", "__main__")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute | ast.Name) and (text := ast.unparse(node)) in banned
+        if isinstance(node, ast.Attribute | ast.Name)
+        and (text := ast.unparse(node)) in banned
         # Launchers tell a process its place, and DeepSpeed its device, by no other way.
         and not (area(file) == "distributed" and text == "os.environ")
     ]
