@@ -117,11 +117,13 @@ def mimic_fast_steps(setup: Setup, student: Student, settings: Settings) -> Iter
     )
     loop = training._Loop(task, settings, accelerator, processes)
     loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
+    loop.clock.begin()
     with loader.batches(0, loop.total_steps) as batches:
         for step, batch in enumerate(batches):
             loop.step(step, batch, stop=False)
-            loop.flush()
-            yield loop.last_row["loss"]
+            loop.clock.step_done()
+            loop.flush(loader, last=False)
+            yield loop.log.shown["loss"]
 
 
 def demo_steps(setup: Setup, student: Student) -> Iterator[float]:

@@ -145,7 +145,7 @@ class _Marks(Generic[Mark]):
             if name != _OUTSIDE:
                 spent[name] = spent.get(name, 0.0) + seconds
             before = mark
-        return spent
+        return {name: round(seconds, 7) for name, seconds in spent.items()}
 
 
 class _Host:

@@ -1,5 +1,6 @@
 """The trackers there are, made as Accelerate's own, each keeping to the run directory."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -110,4 +111,5 @@ def _mlflow(out: Path, known: str | None) -> Any:
 
     with machine_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # it tells of every table
     return InRunDirectory(_PROJECT, logging_dir=str(folder / "artifacts"), **run)

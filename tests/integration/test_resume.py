@@ -60,7 +60,7 @@ def die(recipe: str, out: str, moment: str) -> None:
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """What a run's metrics say besides times; a torn last line, as a kill leaves, does not count."""
+    """What a run's metrics say besides times, without a last line that a kill left torn."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: v for k, v in row.items() if k not in ("time", "performance")} for row in rows]
