@@ -30,6 +30,8 @@ def signals_end_the_start() -> Iterator[None]:
     told.setblocking(False)
     before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # only caught signals come through the socket
+        signal.signal(number, lambda *_: None)
     try:
         yield
     finally:
@@ -40,7 +42,11 @@ def signals_end_the_start() -> Iterator[None]:
 def _listen(heard: socket.socket) -> None:
     with heard:
         while number := heard.recv(1):
-            if number[0] in _SIGNALS and not _came_up(within=_PATIENCE):
+            if number[0] not in _SIGNALS or _is_up():
+                continue
+            if _came_up(within=_PATIENCE):
+                os.kill(os.getpid(), number[0])  # now there is somebody who saves
+            else:
                 os.write(2, b"error: stopped by a signal before all processes had started; ")
                 os.write(2, b"continue with --resume auto\n")
                 os._exit(StoppedError.exit_code)
