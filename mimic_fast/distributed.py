@@ -66,11 +66,15 @@ def start(
     _check_engine(run, optim)
     accelerator = _accelerator(run, optim, on_cpu=on_cpu, world=expected_world)
     kind, running = accelerator.distributed_type.value, accelerator.num_processes
-    if running != expected_world or kind not in _kinds(run.engine, expected_world):
+    if running != expected_world:
         raise UsageError(
-            f"engine {run.engine} in {expected_world} process(es) was asked for but Accelerate "
-            f"runs {running} ({kind}); use torchrun, and choose the engine in the recipe, not in "
-            "Accelerate's configuration"
+            f"the launcher started {expected_world} processes but Accelerate runs {running} "
+            f"({kind}); use torchrun"
+        )
+    if kind not in _kinds(run.engine, expected_world):
+        raise UsageError(
+            f"engine {run.engine} was asked for but Accelerate runs {kind}; choose the engine in "
+            "the recipe (run.engine), not in Accelerate's configuration"
         )
     if (accelerator.device.type == "cpu") != on_cpu:
         raise UsageError(

@@ -125,7 +125,7 @@ def train(
             settings.run.trackers,
             out=task.out,
             settings=settings,
-            resume=first > 0,
+            resume=settings.run.resume == "auto",
             step=first,
         )
     start = time.perf_counter()

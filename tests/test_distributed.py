@@ -138,10 +138,10 @@ def sum_with_gradient(processes: Processes) -> dict[str, Tensor]:
 def refusals(world: int) -> list[str]:
     """What ``start`` says to wishes that cannot come true any more."""
     messages = []
-    for precision, expected in (("fp32", world + 1), ("bf16", world)):
+    for engine, expected in (("ddp", world + 1), ("zero2", world)):
         try:
-            optim = OptimSettings.model_validate({"precision": precision})
-            start(RunSettings(device="cpu"), optim, expected_world=expected)
+            run = RunSettings.model_validate({"device": "cpu", "engine": engine})
+            start(run, OptimSettings(precision="fp64"), expected_world=expected)
         except UsageError as error:
             messages.append(str(error))
     return messages
@@ -222,10 +222,10 @@ def test_processes_know_who_they_are(two_processes):
 
 def test_a_run_that_differs_from_the_wish_is_refused(two_processes):
     for result in two_processes:
-        count, precision = result["refusals"]
+        count, engine = result["refusals"]
         assert count.startswith("the launcher started 3 processes but Accelerate runs 2")
-        assert "precision" in precision
-        assert "\n" not in count + precision
+        assert engine.startswith("run.engine 'zero2' keeps its weights in float32")
+        assert "\n" not in count + engine
 
 
 def test_losses_of_two_processes_average_to_those_of_one(two_processes, one_process):

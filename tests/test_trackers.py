@@ -17,6 +17,9 @@ from mimic_fast.config import Settings
 from mimic_fast.errors import UsageError
 from mimic_fast.recipe import load_settings
 
+for package in ("tensorboard", "wandb", "mlflow", "sqlalchemy", "alembic"):
+    pytest.importorskip(package, reason="needs the packages of mimic_fast[trackers]")
+
 # Of SQLAlchemy, to MLflow.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
