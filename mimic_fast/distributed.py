@@ -7,8 +7,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from mimic_fast.config import OptimSettings, RunSettings
 from mimic_fast.deepspeed_config import deepspeed_config, zero_stage
+from mimic_fast.engine_rules import why_not
 from mimic_fast.errors import UsageError
 from mimic_fast.precision import check_precision
+from mimic_fast.step_clock import StepClock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,11 +37,16 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    clock: StepClock | None = field(default=None, compare=False, repr=False)  # of its steps
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
+
+    def communicating(self) -> AbstractContextManager[object]:
+        """Surrounds what waits for other processes, so that a step's clock knows it as that."""
+        return nullcontext() if self.clock is None else self.clock.section("communication")
 
 
 SINGLE = Processes(rank=0, world=1, device=torch.device("cpu"))
@@ -95,30 +102,20 @@ def start(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         device=accelerator.device,
+        clock=StepClock(accelerator.device),
     )
 
 
 def _check_engine(run: RunSettings, optim: OptimSettings) -> None:
     """What can be said before any process group exists."""
-    if run.deepspeed is not None and not zero_stage(run.engine):
-        raise UsageError(f"run.deepspeed is for zero1, zero2 and zero3, not for {run.engine!r}")
-    if run.engine == "ddp":
-        return
-    if not dist.is_initialized() and "RANK" not in os.environ:
+    hindrance = why_not(run.engine, run, optim)
+    if hindrance is not None:
+        raise UsageError(f"run.engine {run.engine!r} {hindrance[0]}; {hindrance[1]}")
+    if run.engine != "ddp" and not dist.is_initialized() and "RANK" not in os.environ:
         raise UsageError(
             f"run.engine {run.engine!r} cuts the student over processes and needs a launcher, even "
             "for one: torchrun --nproc-per-node=N -m mimic_fast ..."
         )
-    if zero_stage(run.engine):
-        if find_spec("deepspeed") is None:
-            raise UsageError(
-                f"run.engine {run.engine!r} needs DeepSpeed; pip install 'mimic_fast[deepspeed]'"
-            )
-        if optim.precision == "fp64":
-            raise UsageError(
-                f"run.engine {run.engine!r} keeps its weights in float32; use optim.precision "
-                "fp32, or engine ddp or fsdp2 for fp64"
-            )
 
 
 def _accelerator(
@@ -252,33 +249,37 @@ class _SumWithGradient(torch.autograd.Function):
     """All-reduced sum; the gradient of a sum used everywhere is the sum of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(ctx: Any, tensor: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return _summed(tensor, processes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0], ctx.processes), None
 
 
 class _GatherWithGradient(torch.autograd.Function):
     """Concatenation over processes whose backward adds what every process did with these rows."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, rank: int, world: int) -> Tensor:
-        ctx.rows = slice(rank * tensor.shape[0], (rank + 1) * tensor.shape[0])
-        parts = [torch.empty_like(tensor) for _ in range(world)]
-        dist.all_gather(parts, tensor.contiguous())
+    def forward(ctx: Any, tensor: Tensor, processes: Processes) -> Tensor:
+        first = processes.rank * tensor.shape[0]
+        ctx.rows, ctx.processes = slice(first, first + tensor.shape[0]), processes
+        parts = [torch.empty_like(tensor) for _ in range(processes.world)]
+        with processes.communicating():
+            dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        total = grads[0].clone()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0], ctx.processes)[ctx.rows], None
+
+
+def _summed(tensor: Tensor, processes: Processes) -> Tensor:
+    total = tensor.clone()
+    with processes.communicating():
         dist.all_reduce(total)
-        return total[ctx.rows], None, None
+    return total
 
 
 def gather_with_gradient(
@@ -291,14 +292,14 @@ def gather_with_gradient(
     """
     if processes.world == 1:
         return tensor
-    return _GatherWithGradient.apply(tensor, processes.rank, processes.world)  # pyright: ignore[reportReturnType]
+    return _GatherWithGradient.apply(tensor, processes)  # pyright: ignore[reportReturnType]
 
 
 def sum_with_gradient(tensor: Tensor, processes: Processes) -> Tensor:
     """Sum over processes, differentiable."""
     if processes.world == 1:
         return tensor
-    return _SumWithGradient.apply(tensor)  # pyright: ignore[reportReturnType]
+    return _SumWithGradient.apply(tensor, processes)  # pyright: ignore[reportReturnType]
 
 
 class StopSignal:

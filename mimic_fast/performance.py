@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimic_fast.batchnorm import SyncBatchNorm
 from mimic_fast.distributed import Processes, all_gather_rows
 from mimic_fast.step_clock import SECTIONS
 
@@ -102,12 +101,12 @@ def ddp_communication(model: nn.Module) -> dict[str, float] | None:
     after.
 
     Returns:
-        None for another engine, before anything was timed, and beside synchronized BatchNorm, whose
+        None for another engine, before anything was timed, and beside torch's SyncBatchNorm, whose
         collectives in the forward pass nobody times: where they wait, the gradients need not.
     """
     if not isinstance(model, DistributedDataParallel):
         return None
-    if any(isinstance(part, nn.SyncBatchNorm | SyncBatchNorm) for part in model.modules()):
+    if any(isinstance(part, nn.SyncBatchNorm) for part in model.modules()):
         return None
     data = model._get_ddp_logging_data()
     total = data.get("backward_comm_time", 0)

@@ -50,7 +50,7 @@ def start_trackers(
     """
     if not names:
         return
-    _check_packages(names)
+    check_packages(names)
     problem = ""
     if accelerator.is_main_process:
         problem = _open(accelerator, names, out, settings, resume, step)
@@ -93,7 +93,12 @@ def finish(accelerator: "Accelerator") -> None:
             warnings.warn(f"{tracker.name} did not close its run: {_line(error)}", stacklevel=2)
 
 
-def _check_packages(names: Sequence[str]) -> None:
+def check_packages(names: Sequence[str]) -> None:
+    """Refuses trackers that are not installed.
+
+    Raises:
+        UsageError: With the packages that are missing.
+    """
     for name in names:
         missing = [part for part in PACKAGES[name] if not _importable(part)]
         if missing:

@@ -4,7 +4,7 @@ Without a teacher it is plain SimCLR training, which pre-training and the studen
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,6 @@ def train(
         UsageError: If a saved state belongs to another run.
     """
     loop = _Loop(task, settings, accelerator, processes)
-    clock = loop.clock
     loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
     first = loop.resume(loader.name) if settings.run.resume == "auto" else 0
     if task.out is not None:
@@ -129,31 +128,21 @@ def train(
             step=first,
         )
     start = time.perf_counter()
-    clock.begin()
-    with loader.batches(first, loop.total_steps) as batches:
-        for step in range(first, loop.total_steps):
-            with clock.section("data"):
-                batch = next(batches)
-            loop.step(step, batch, stop=stop())
-            clock.step_done()
-            last = step + 1 == loop.total_steps
-            save = last or (step + 1) % settings.run.checkpoint_every == 0
-            if save or (step + 1) % loop.log.flush_steps == 0:
-                stopped = loop.flush(loader, last=last)
-                rate = (step + 1 - first) * loop.batch_size / (time.perf_counter() - start)
-                report(_event(phase, step + 1, loop, rate))
-                if save or stopped:
-                    loop.save(step + 1, loader.name)
-                if stopped and not last:
-                    loop.wait_saved()
-                    raise StoppedError(
-                        f"stopped by a signal after step {step + 1}; continue with --resume auto"
-                    )
-            if on_epoch is not None:
-                for epoch in loop.passes_done(step):
-                    on_epoch(epoch, task.student)
-    whole = loop.finish()
-    finish_trackers(accelerator)
+    try:
+        with loader.batches(first, loop.total_steps) as batches:
+            _run_steps(
+                loop,
+                loader,
+                batches,
+                first,
+                report=report,
+                stop=stop,
+                phase=phase,
+                on_epoch=on_epoch,
+            )
+        whole = loop.finish()
+    finally:  # of a stopped or diverged run too: what a tracker still holds would be lost
+        finish_trackers(accelerator)
     seconds = time.perf_counter() - start
     return Trained(
         steps=loop.total_steps,
@@ -164,6 +153,42 @@ def train(
         waited_first=batches.waited_first or 0.0,
         whole=whole,
     )
+
+
+def _run_steps(
+    loop: "_Loop",
+    loader: Loader,
+    batches: Iterator[Batch],
+    first: int,
+    *,
+    report: Reporter,
+    stop: Callable[[], bool],
+    phase: str,
+    on_epoch: Callable[[int, nn.Module], None] | None,
+) -> None:
+    clock, start = loop.clock, time.perf_counter()
+    clock.begin()
+    for step in range(first, loop.total_steps):
+        with clock.section("data"):
+            batch = next(batches)
+        loop.step(step, batch, stop=stop())
+        clock.step_done()
+        last = step + 1 == loop.total_steps
+        save = last or (step + 1) % loop.settings.run.checkpoint_every == 0
+        if save or (step + 1) % loop.log.flush_steps == 0:
+            stopped = loop.flush(loader, last=last)
+            rate = (step + 1 - first) * loop.batch_size / (time.perf_counter() - start)
+            report(_event(phase, step + 1, loop, rate))
+            if save or stopped:
+                loop.save(step + 1, loader.name)
+            if stopped and not last:
+                loop.wait_saved()
+                raise StoppedError(
+                    f"stopped by a signal after step {step + 1}; continue with --resume auto"
+                )
+        if on_epoch is not None:
+            for epoch in loop.passes_done(step):
+                on_epoch(epoch, loop.task.student)
 
 
 class _Loop:
@@ -190,7 +215,7 @@ class _Loop:
             task.student, settings=settings, accelerator=accelerator, processes=processes
         )
         self.buffers = [b for b in task.student.buffers() if b.is_floating_point()]
-        self.clock = StepClock(processes.device)
+        self.clock = processes.clock or StepClock(processes.device)
         self.log = TrainingLog(
             task.out,
             settings=settings,
@@ -277,9 +302,10 @@ class _Loop:
         parts = split(batch, student_view, settings.optim.accumulate)
         contrastive = None
         if len(parts) > 1 and settings.loss.contrastive > 0:
-            contrastive, parts = pulled(
-                engine.module, parts, loss=settings.loss, processes=self.processes
-            )
+            with self.clock.section("student"):
+                contrastive, parts = pulled(
+                    engine.module, parts, loss=settings.loss, processes=self.processes
+                )
         terms: list[Tensor] = []
         for index, part in enumerate(parts):
             with engine.part(last=index + 1 == len(parts)):
@@ -424,5 +450,5 @@ def _event(phase: str, step: int, loop: _Loop, rate: float) -> Event:
         done=step,
         total=loop.total_steps,
         unit="steps",
-        metrics={"images_per_second": rate, **loop.log.shown},
+        metrics={"images_per_second": rate, **loop.log.shown, **loop.log.cost},
     )

@@ -57,6 +57,7 @@ class TrainingLog:
         self.skipped = 0
         self.rows: list[dict[str, Any]] = []  # the last ones, for a dump
         self.shown: dict[str, float] = {}
+        self.cost: dict[str, float] = {}  # of the last window
         self._pending: list[tuple[int, float, Tensor, Tensor, dict[str, int]]] = []
         self._times: list[dict[str, float]] = []
         self._communication: list[dict[str, float]] = []
@@ -135,7 +136,7 @@ class TrainingLog:
             communication=self._communication or None,
         )
         self._times, self._communication = [], []
-        self.shown |= shown(found)
+        self.cost = shown(found)
         return {"performance": found}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:

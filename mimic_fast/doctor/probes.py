@@ -119,12 +119,13 @@ def data_opens(settings_json: str, world: int) -> str:
     source = open_source(data.source, limits=limits_of(data))
     source.decode(source.read(0))
     if data.clean_set is None:
-        drawn = clean_set._requested(source, data)
+        drawn = clean_set.requested_count(source, data)
         size = data.pretraining_size or len(source)
-        clean_set._check_budget(size, data, drawn, name=source.name)
+        clean_set.check_budget(size, data, drawn, name=source.name)
     else:
         drawn = len(clean_set.read_clean_set(data.clean_set))
     training = drawn - round(data.hold_out * drawn)
     processes = Processes(rank=0, world=world, device=SINGLE.device)
-    check_batch(training, batch_size=settings.optim.batch_size, processes=processes)
+    optim = settings.optim
+    check_batch(training, batch_size=optim.batch_size, processes=processes, parts=optim.accumulate)
     return f"{len(source)} images in {source.name}, {drawn} drawn, {training} of them train"

@@ -41,6 +41,9 @@ class DdpEngine:
         self._average = averaged_state(student) if optim.ema else None
         self._scale = LossScale(accelerator.device) if optim.precision == "fp16" else None
         self.module: nn.Module = accelerator.prepare_model(student)
+        if isinstance(self.module, DistributedDataParallel):
+            # Synchronized BatchNorm keeps them alike: sending them in every forward only waits.
+            self.module.broadcast_buffers = False
 
     def clear(self) -> None:
         """Drops the gradients of the step before."""

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from mimic_fast.config import DataSettings
 from mimic_fast.data.clean_set import (
-    _check_budget,
-    _requested,
+    check_budget,
     draw_clean_set,
     load_clean_images,
+    requested_count,
 )
 from mimic_fast.data.folder import open_folder
 from mimic_fast.data.items import Source, decode_image
@@ -191,13 +191,13 @@ def counted(size: int) -> Source:
 @given(st.integers(40, 10_000))
 def test_draw_fraction_at_the_budget_is_never_over_it(size):
     wanted = DataSettings(clean_fraction=0.05, budget=0.05)
-    requested = _requested(counted(size), wanted)
-    _check_budget(size, wanted, requested, name="counted")
+    requested = requested_count(counted(size), wanted)
+    check_budget(size, wanted, requested, name="counted")
 
 
 @pytest.mark.parametrize("per_cent", range(2, 101))
 def test_draw_fraction_of_a_hundred_is_its_per_cent(per_cent):
-    assert _requested(counted(100), DataSettings(clean_fraction=per_cent / 100)) == per_cent
+    assert requested_count(counted(100), DataSettings(clean_fraction=per_cent / 100)) == per_cent
 
 
 def test_draw_impossible_requests_raise(source, make_source):

@@ -66,7 +66,7 @@ def test_deepspeed_without_compiler_is_told_with_its_cure(settings, monkeypatch)
         ("zero2", {"zero_optimization": {"stage": 3}}, "stage 3"),
         ("zero2", {"zero_optimization": {"stage": 2}, "fp16": {}}, "sets fp16"),
         ("zero2", None, "no JSON file"),
-        ("ddp", {"zero_optimization": {"stage": 2}}, "is for zero1"),
+        ("ddp", {"zero_optimization": {"stage": 2}}, "for zero1"),
     ],
 )
 def test_deepspeed_file_that_does_not_fit_fails(settings, tmp_path, engine, content, message):
