@@ -48,10 +48,11 @@ def evaluation(task, encoders, tmp_path) -> Callable[[Stop], object]:
 
 
 def test_evaluation_leaves_wherever_it_is_asked_to(evaluation, tmp_path):
+    evaluation(Stop())  # works the target out and records it: the next ones need not
+    recorded = (tmp_path / "attack" / "attack.json").read_bytes()
     whole = Stop()
     evaluation(whole)
-    recorded = (tmp_path / "attack" / "attack.json").read_bytes()
-    assert whole.polls > 2 * IMAGES  # every image when it is read, and in its batches
+    assert whole.polls > IMAGES  # every image when it is read, and their batches
 
     for at in (1, 2, 40, 61, 62, whole.polls // 2, whole.polls - 1, whole.polls):
         stop = Stop(at)
