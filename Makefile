@@ -16,7 +16,7 @@ STAMP := $(VENV)/.mimic_fast
 OURS := $(or $(filter file,$(origin VENV)),$(wildcard $(STAMP)),$(if $(wildcard $(VENV)),,absent))
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-gpu check bench bench-ops clean help core all venv
+.PHONY: demo test test-gpu check bench bench-ops bench-scaling clean help core all venv
 
 demo: core  ## purify a small backdoored encoder and write its report (minutes on two cores)
 	@$(PY) -m mimic_fast demo --out "$(OUT)" $(ARGS)
@@ -31,6 +31,10 @@ check: all  ## lint, formatting, types
 
 bench: all  ## time a purification against a plain training loop
 	@$(PY) benchmarks/bench_e2e.py $(ARGS)
+
+bench-scaling: all  ## time two processes with and without synchronized gradients; project to 64 GPUs
+	@$(PY) benchmarks/bench_scaling.py measure $(ARGS)
+	@$(PY) benchmarks/bench_scaling.py project
 
 bench-ops: all  ## time losses and mutual information against their peers on the CPU; count bytes
 	@$(PY) benchmarks/bench_loss.py
@@ -49,7 +53,7 @@ clean:  ## remove what builds, tests and the demo left (.venv stays)
 	@find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 # $(call install,REQUIREMENT,STAMPS THAT WILL DO,PACKAGES IT BRINGS)
 ifneq ($(OURS),)

@@ -122,10 +122,16 @@ def _accelerator(
     run: RunSettings, optim: OptimSettings, *, on_cpu: bool, world: int
 ) -> "Accelerator":
     from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.utils import (
+        DeepSpeedPlugin,
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+    )
     from accelerate.utils.dataclasses import KwargsHandler
 
-    handlers: list[KwargsHandler] = []
+    # Gradients lie in the buckets that are sent: no copies, and not twice in memory.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    handlers: list[KwargsHandler] = [ddp]
     if on_cpu and ("RANK" in os.environ or dist.is_initialized()):
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     plugin = None

@@ -18,6 +18,7 @@ _MACHINE_ERRNO = {
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
+    errno.ENOENT,  # a folder that cannot be made (/proc), or that somebody removes meanwhile
     errno.EIO,
 }
 

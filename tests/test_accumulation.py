@@ -1,6 +1,5 @@
 """Batches in parts are whole batches: the same losses and gradients, whatever is random."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +60,13 @@ def pool() -> Tensor:
 
 
 def trained(
-    pool: Tensor, precision: str, parts: int, *, dropped: str = "none", **options: Any
+    pool: Tensor,
+    precision: str,
+    parts: int,
+    *,
+    dropped: str = "none",
+    world: int = 1,
+    **options: Any,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Logged terms and gradients of one step."""
     optim = {"batch_size": BATCH, "clip_norm": 0, "precision": precision, "accumulate": parts}
@@ -72,6 +77,7 @@ def trained(
             "run": {"device": "cpu", "max_steps": 1},
         }
     )
+    loss = run.loss.contrastive > 0
     student = student_of(vit(**DROPPED[dropped]))
     teacher = build_encoder(vit(), seed=7).requires_grad_(False)
     taps = student.tapped.taps
@@ -89,7 +95,7 @@ def trained(
         )
 
     logged: list[dict[str, float]] = []
-    accelerator, processes = start(run.run, run.optim, expected_world=1)
+    accelerator, processes = start(run.run, run.optim, expected_world=world)
     hook = register_optimizer_step_pre_hook(keep)
     try:
         train(
@@ -101,12 +107,17 @@ def trained(
         )
     finally:
         hook.remove()
-    assert len(gradients) == len(list(student.parameters()))
+    # Without a second view, no loss looks at the projections.
+    used = [n for n, _ in student.named_parameters() if loss or not n.startswith("projection.")]
+    assert sorted(gradients) == sorted(used)
     return {term: logged[0][term] for term in TERMS}, gradients
 
 
 # float32's atol is 1e-6 of the largest gradient: their norm is 2 to 3 here.
-EXACT = {"fp64": {"rtol": 1e-12, "atol": 1e-12}, "fp32": {"rtol": 1e-6, "atol": 3e-6}}
+EXACT: dict[str, dict[str, Any]] = {
+    "fp64": {"rtol": 1e-12, "atol": 1e-12},
+    "fp32": {"rtol": 1e-6, "atol": 3e-6},
+}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +156,19 @@ def test_checkpointed_blocks_change_nothing_of_it(pool, whole):
     expected_terms, expected = whole["fp64"]
     assert terms == pytest.approx(expected_terms, rel=1e-12)
     torch.testing.assert_close(gradients, expected, **EXACT["fp64"])
+
+
+def of_two_processes(pool: Tensor, parts: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    return trained(pool, "fp64", parts, world=2)
+
+
+def test_parts_of_two_processes_have_losses_and_gradients_of_the_whole(run_processes, pool, whole):
+    found = run_processes(of_two_processes, pool=pool, parts=2)
+
+    expected_terms, expected = whole["fp64"]
+    for terms, gradients in found:
+        assert terms == pytest.approx(expected_terms, rel=1e-9)  # the bar for processes against one
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_contrastive_loss_of_parts_alone_would_be_another(pool, whole):
@@ -210,7 +234,12 @@ def test_cached_pass_draws_the_same_numbers_as_the_second(dropped, parts):
 
     # One pass that keeps all graphs and takes the loss of the whole batch.
     torch.manual_seed(5)
-    views = [student(torch.cat([p.student_view, p.batch.v2]))[1].chunk(2) for p in cut]
+    seconds = [part.batch.v2 for part in cut]
+    views = [
+        student(torch.cat([part.student_view, second]))[1].chunk(2)
+        for part, second in zip(cut, seconds, strict=True)
+        if second is not None
+    ]
     first, second = (torch.cat([pair[n] for pair in views]) for n in range(2))
     value = contrastive_loss(first, second, temperature=0.5, processes=SINGLE)
     value.backward()
@@ -266,7 +295,7 @@ def test_pulls_are_wide_under_autocast():
     assert {g.dtype for p in parts for g in p.pull or ()} == {torch.float32}
 
 
-def test_logged_terms_are_of_the_whole_batch(pool, tmp_path: Path):
+def test_logged_terms_are_of_the_whole_batch(pool):
     # total = clone + attention + dense + weight * contrastive, also in parts.
     terms, _ = trained(pool, "fp64", 4, loss={"dense": 0.0, "contrastive": 0.7})
 

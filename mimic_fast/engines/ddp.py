@@ -43,6 +43,7 @@ class DdpEngine:
         self.module: nn.Module = accelerator.prepare_model(student)
         if isinstance(self.module, DistributedDataParallel):
             # Synchronized BatchNorm keeps them alike: sending them in every forward only waits.
+            # An option from the start would also leave out the first time, which is needed.
             self.module.broadcast_buffers = False
 
     def clear(self) -> None:

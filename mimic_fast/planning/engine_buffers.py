@@ -33,8 +33,8 @@ def gathered_bytes(engine: Engine, parts: Parts, weights: int, zero: dict[str, A
 def bucket_bytes(engine: Engine, weights: int, zero: dict[str, Any], processes: int) -> float:
     """Buffers for communication.
 
-    DDP copies gradients into buckets that are as large together (Li et al., arXiv:2006.15704,
-    section 4.2). DeepSpeed allocates ``reduce_bucket_size`` numbers whatever the model's size, in
+    DDP's buckets are as large together as the gradients, which are views of them (Li et al.,
+    arXiv:2006.15704, section 4.2; ``gradient_as_bucket_view``). DeepSpeed allocates ``reduce_bucket_size`` numbers whatever the model's size, in
     stages 1 and 2 twice with ``overlap_comm``.
     """
     if engine == "ddp":

@@ -165,7 +165,9 @@ def largest_images(counts: Counts, settings: Settings, spread: Spread, *, room: 
 
 
 def _share_kept(spread: Spread, parts: int) -> float:
-    if spread.engine in ("ddp", "zero1"):
+    if spread.engine == "ddp":  # views of the buckets, which are counted already
+        return 0.0 if spread.processes > 1 else 1.0
+    if spread.engine == "zero1":
         return 1.0
     # FSDP2 adds whole gradients up until the last part of a share and cuts them then.
     if spread.engine == "fsdp2" and parts > 1:

@@ -1,5 +1,6 @@
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mimic_fast.config import EncoderSpec, Settings
 from mimic_fast.data.augment import augmented_view, plain_view
 from mimic_fast.data.clean_set import clean_images
 from mimic_fast.data.harden import hardened
-from mimic_fast.data.loader import Batch, Loader, TrainingImages, choose_backend
+from mimic_fast.data.loader import Batch, Loader, TrainingImages, _without_gradient, choose_backend
 from mimic_fast.data.order import epoch_order
 from mimic_fast.distributed import SINGLE, Processes
 from mimic_fast.errors import UnsafeInputError, UsageError
@@ -184,6 +185,48 @@ def test_prefetching_changes_nothing(folder, way):
     one, other = (batches(settings(folder, data={**way, "prefetch": depth})) for depth in (0, 3))
 
     assert all(equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_step_between_two_batches_has_its_gradients(folder, depth):
+    run = settings(folder, data={"prefetch": depth}, loss={"harden": {"probability": 0.5}})
+    weight = torch.ones((), requires_grad=True)
+    loader = Loader(images(run), settings=run, image_size=SIZE, processes=SINGLE)
+
+    with loader.batches(0, 3) as made:
+        for batch in made:
+            assert torch.is_grad_enabled()
+            assert not batch.v1.requires_grad
+            (weight * batch.v1).mean().backward()
+        assert torch.is_grad_enabled()
+    with loader.batches(0, 3) as made:
+        next(made)  # and is left early
+
+    assert torch.is_grad_enabled()
+    assert weight.grad is not None
+    assert weight.grad > 0
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_batches_are_made_without_gradients_and_the_callers_mode_stays(mode):
+    seen: list[bool] = []
+
+    def made() -> Iterator[Batch]:
+        for _ in range(2):
+            seen.append(torch.is_grad_enabled())
+            yield Batch(v1=torch.ones(1, 3, 2, 2), v2=None, ids=torch.arange(1))
+        raise ValueError("third")
+
+    with torch.set_grad_enabled(mode):
+        batches = _without_gradient(made())
+        for _ in range(2):
+            next(batches)
+            assert torch.is_grad_enabled() == mode
+        with pytest.raises(ValueError, match="third"):
+            next(batches)
+        assert torch.is_grad_enabled() == mode
+
+    assert seen == [False, False]
 
 
 def test_losses_decide_which_views_are_made(folder):

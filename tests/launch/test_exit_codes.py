@@ -102,12 +102,13 @@ def test_duplicated_tap_is_exit_3_with_its_name(cli, teacher, labeled, quick):
     assert "maxpool" in done.error
 
 
-def test_run_directory_that_cannot_be_written_is_exit_7(cli, tmp_path, teacher, labeled, quick):
+@pytest.mark.parametrize("out", ["file/run", "/proc/run"])
+def test_run_directory_that_cannot_be_written_is_exit_7(
+    cli, tmp_path, teacher, labeled, quick, out
+):
     (tmp_path / "file").write_text("not a folder")
 
-    done = cli(
-        "purify", "--teacher", teacher, "--data", labeled / "train", "--out", "file/run", *quick
-    )
+    done = cli("purify", "--teacher", teacher, "--data", labeled / "train", "--out", out, *quick)
 
     assert done.code == 7
-    assert "file/run" in done.error
+    assert out in done.error
