@@ -114,7 +114,7 @@ def newest_for_all(root: Path, processes: Processes) -> checkpoint.State | None:
             problem = error
     if any_process(problem is not None, processes):
         raise problem or UnsafeInputError(
-            f"another process cannot read the state {root / name}; its own line says why"
+            f"another process cannot read the state {name} in {root}; its own line says why"
         )
     return state
 
