@@ -174,7 +174,7 @@ def test_job_saves_requeues_and_ends_where_it_stopped(tmp_path, teacher, labeled
     code, output = finished(running)
 
     assert code == 6, output
-    assert len(job.requeued) == 1
+    assert len(job.requeued) == 1, output
     assert max(path.name for path in (run_directory / "state").glob("step_*")) > state.name
 
 
