@@ -104,7 +104,8 @@ class Job:
         path = self.folder / "job.sbatch"
         path.write_text(script)
         return subprocess.Popen(
-            ["bash", path],
+            # As slurmd does: what the test runner ignores, a job does not (a shell could not trap it).
+            ["env", "--default-signal", "bash", path],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
