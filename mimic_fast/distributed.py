@@ -49,6 +49,14 @@ class Processes:
         return nullcontext() if self.clock is None else self.clock.section("communication")
 
 
+# Set by `accelerate launch` from its own configuration; the value that changes nothing. DeepSpeed's
+# is not here: Accelerate sets it by itself.
+_ACCELERATES_OWN = {
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+}
+
 SINGLE = Processes(rank=0, world=1, device=torch.device("cpu"))
 
 
@@ -108,6 +116,13 @@ def start(
 
 def _check_engine(run: RunSettings, optim: OptimSettings) -> None:
     """What can be said before any process group exists."""
+    for name, harmless in _ACCELERATES_OWN.items():
+        value = os.environ.get(name, harmless)
+        if value.lower() not in {harmless, "0", ""}:
+            raise UsageError(
+                f"{name}={value} makes Accelerate do what the recipe decides: choose run.engine "
+                f"and optim.compile there, and unset {name}"
+            )
     hindrance = why_not(run.engine, run, optim)
     if hindrance is not None:
         raise UsageError(f"run.engine {run.engine!r} {hindrance[0]}; {hindrance[1]}")

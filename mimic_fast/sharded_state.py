@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mimic_fast import checkpoint
 from mimic_fast.distributed import Processes, any_process, broadcast_json
 from mimic_fast.engines.flat_piece import FlatPiece
-from mimic_fast.errors import MachineError, UsageError
+from mimic_fast.errors import MachineError, UnsafeInputError, UsageError
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -96,6 +96,7 @@ def newest_for_all(root: Path, processes: Processes) -> checkpoint.State | None:
 
     Raises:
         UsageError: If they do not see the same folder.
+        UnsafeInputError: If one of them cannot read what process 0 could.
     """
     state = checkpoint.newest_state(root) if processes.is_main else None
     name = broadcast_json(None if state is None else state.path.name, processes)
@@ -105,8 +106,16 @@ def newest_for_all(root: Path, processes: Processes) -> checkpoint.State | None:
             f"not all processes see the state {name} in {root}; --out must be one folder that all "
             "of them see"
         )
+    problem = None
     if name is not None and not processes.is_main:
-        state = checkpoint.load_state(root / name, values=False)
+        try:
+            state = checkpoint.load_state(root / name, values=False)
+        except (UnsafeInputError, UsageError, OSError) as error:  # the others would wait for it
+            problem = error
+    if any_process(problem is not None, processes):
+        raise problem or UnsafeInputError(
+            f"another process cannot read the state {name} in {root}; its own line says why"
+        )
     return state
 
 

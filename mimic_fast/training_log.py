@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimic_fast import trackers
 from mimic_fast.config import Settings
-from mimic_fast.distributed import Processes
+from mimic_fast.distributed import Processes, all_gather_rows
 from mimic_fast.divergence import Divergence
 from mimic_fast.metrics_log import append_metrics
 from mimic_fast.performance import WINDOW_STEPS, ddp_communication, shown, summary, watch_ddp
@@ -101,7 +101,9 @@ class TrainingLog:
             stopped |= asked > 0
             self.skipped += int(bad > 0)
             line = {"step": step, **self.shown, "skipped": bool(bad), "ops": ran, "time": time}
-            lines.append(line | ({"ids": ids.tolist()} if bad else {}))
+            if bad:  # on all processes alike
+                line["ids"] = all_gather_rows(ids.to(rows.device), self._processes).tolist()
+            lines.append(line)
             self._times.append(time)
             if self.divergence.after(bad=bad > 0, finite_loss=math.isfinite(means[0])):
                 diverged_at = step

@@ -50,7 +50,7 @@ def test_loss_that_is_not_finite_is_no_overflow():
 
 
 def test_a_good_step_gives_the_scale_its_room_back():
-    one_more = ["overflow"] * 18
+    one_more: list[Kind] = ["overflow"] * 18
     found = after(counter("fp16"), *one_more, "good", *one_more, "overflow")
 
     assert found == [False] * 37 + [True]

@@ -86,7 +86,7 @@ def group(tmp_path):
 def said(call: Callable[[], object]) -> str:
     try:
         call()
-    except (MachineError, UsageError) as error:
+    except (MachineError, UnsafeInputError, UsageError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -114,7 +114,9 @@ def refused(root: Path, processes: Processes) -> dict[str, str]:
     if main:
         blocked.write_text("a file where the folder should be")
         (root / "unseen").mkdir()
-        shutil.copytree(root / "one" / "step_0000001", root / "unseen" / "step_0000001")
+        for name in ("unseen", "garbled"):
+            shutil.copytree(root / "one" / "step_0000001", root / name / "step_0000001")
+        (root / "garbled" / "step_0000001" / "state.json").write_text("{}")
     dist.barrier()
 
     def give_up() -> None:
@@ -126,10 +128,14 @@ def refused(root: Path, processes: Processes) -> dict[str, str]:
     def look_elsewhere() -> None:
         newest_for_all(root / ("unseen" if main else "elsewhere"), processes)
 
+    def read_other_bytes() -> None:  # as through a file system that is not the same for all
+        newest_for_all(root / ("unseen" if main else "garbled"), processes)
+
     return {
         "given up": said(give_up),
         "blocked": said(write_nowhere),
         "unseen": said(look_elsewhere),
+        "garbled": said(read_other_bytes),
     }
 
 
@@ -221,6 +227,14 @@ def test_folder_that_not_all_see_is_refused_by_all(two_processes):
         message = result["refused"]["unseen"]
         assert message.startswith("UsageError: not all processes see the state step_0000001")
         assert "--out must be one folder that all of them see" in message
+
+
+def test_state_that_one_process_cannot_read_is_refused_by_all(two_processes, root):
+    main, other = [result["refused"]["garbled"] for result in two_processes]
+
+    assert main.startswith("UnsafeInputError: another process cannot read the state")
+    assert "state.json" in other
+    assert other.startswith("UnsafeInputError: run state")
 
 
 # One process.

@@ -19,6 +19,7 @@ from mimic_fast.config import OptimSettings, RunSettings
 from mimic_fast.distributed import start
 from mimic_fast.errors import UsageError
 
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 CUT = ("fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -151,11 +152,35 @@ def test_engine_that_accelerate_leaves_out_is_refused(launched_alone, monkeypatc
     )
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("USE_FSDP", "true"), ("USE_MEGATRON_LM", "true"), ("DYNAMO_BACKEND", "INDUCTOR")],
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accelerates_environment_decides_nothing(launched_alone, monkeypatch, engine, name, value):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+    message = refused(engine)
+
+    assert message.startswith(f"ACCELERATE_{name}={value} makes Accelerate do what the recipe")
+    assert message.endswith(f"unset ACCELERATE_{name}")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("USE_FSDP", "false"), ("DYNAMO_BACKEND", "NO"), ("DYNAMO_BACKEND", "no")]
+)
+def test_accelerates_environment_that_asks_for_nothing_is_taken(monkeypatch, name, value):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+    accelerator, _ = start(RunSettings(device="cpu"), OptimSettings(), expected_world=1)
+
+    assert accelerator.num_processes == 1
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_engine_of_accelerates_environment_does_not_run(launched_alone, monkeypatch, engine, name):
-    # On a CPU Accelerate starts none of its own.
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+def test_deepspeed_of_accelerates_environment_does_not_run(launched_alone, monkeypatch, engine):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # on a CPU it starts none of its own
     run = RunSettings.model_validate({"device": "cpu", "engine": engine})
 
     accelerator, _ = start(run, OptimSettings(), expected_world=1)

@@ -34,8 +34,9 @@ def bucket_bytes(engine: Engine, weights: int, zero: dict[str, Any], processes: 
     """Buffers for communication.
 
     DDP's buckets are as large together as the gradients, which are views of them (Li et al.,
-    arXiv:2006.15704, section 4.2; ``gradient_as_bucket_view``). DeepSpeed allocates ``reduce_bucket_size`` numbers whatever the model's size, in
-    stages 1 and 2 twice with ``overlap_comm``.
+    arXiv:2006.15704, section 4.2; ``gradient_as_bucket_view``). DeepSpeed allocates
+    ``reduce_bucket_size`` numbers whatever the model's size, in stages 1 and 2 twice with
+    ``overlap_comm``.
     """
     if engine == "ddp":
         return float(weights) if processes > 1 else 0.0

@@ -272,8 +272,10 @@ def test_systems_ffmpeg_is_used_if_it_is_new_enough(tmp_path, monkeypatch, said,
 
 
 # As the command line runs it, but with a report that is slow, so that there is time to end it.
+# A shell's background jobs ignore SIGINT, and so would what a test in one starts.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from mimic_fast.data.frames import extract_frames
 from mimic_fast.data.video_settings import FrameSettings

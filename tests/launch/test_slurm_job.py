@@ -104,7 +104,8 @@ class Job:
         path = self.folder / "job.sbatch"
         path.write_text(script)
         return subprocess.Popen(
-            ["bash", path],
+            # As slurmd does: what the test runner ignores, a job does not (a shell could not trap it).
+            ["env", "--default-signal", "bash", path],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -174,7 +175,7 @@ def test_job_saves_requeues_and_ends_where_it_stopped(tmp_path, teacher, labeled
     code, output = finished(running)
 
     assert code == 6, output
-    assert len(job.requeued) == 1
+    assert len(job.requeued) == 1, output
     assert max(path.name for path in (run_directory / "state").glob("step_*")) > state.name
 
 
