@@ -2,9 +2,10 @@
 
 import inspect
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ torch.set_num_threads(1)
 # A slow example on a busy machine is no failure.
 settings.register_profile("mimic_fast", deadline=None)
 settings.load_profile("mimic_fast")
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A command ends ignoring signals, since its process ends too; the next test's does not."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [(number, signal.getsignal(number)) for number in numbers]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
