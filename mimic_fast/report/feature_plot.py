@@ -5,6 +5,7 @@ clean ones.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,6 +14,14 @@ from torch import Tensor
 from mimic_fast.report.figures import Figure
 from mimic_fast.report.plots import STYLE, new_figure, role_title, svg_bytes
 
+if TYPE_CHECKING:
+    from matplotlib.collections import PathCollection
+
+_MARKS: dict[str, dict[str, Any]] = {
+    "clean": {"s": 7, "c": "#8c8c8c", "marker": "o", "lw": 0},
+    "clean, of the target class": {"s": 12, "c": "#0072b2", "marker": "^", "lw": 0},
+    "with the trigger": {"s": 12, "c": "#d55e00", "marker": "x", "lw": 0.8},
+}
 Features = Float[Tensor, "image feature"]
 
 
@@ -52,30 +61,31 @@ def feature_figure(
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = new_figure(height=0.5 + 5.2 / 2 * rows)
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-        handles = []
+        handles: dict[str, PathCollection] = {}
         for axes, role in zip(panels, roles, strict=False):
             both = torch.cat([clean[role], *([triggered[role]] if role in triggered else [])])
             points, share = principal_components(both)
-            plain, stamped = points[: len(labels)], points[len(labels) :]
-            handles = [
-                axes.scatter(*plain[~of_target].T.numpy(), s=7, c="#8c8c8c", marker="o", lw=0),
-            ]
-            if target is not None:
-                handles.append(
-                    axes.scatter(*plain[of_target].T.numpy(), s=12, c="#0072b2", marker="^", lw=0)
-                )
-            if len(stamped):
-                handles.append(
-                    axes.scatter(*stamped.T.numpy(), s=12, c="#d55e00", marker="x", lw=0.8)
-                )
+            plain = points[: len(labels)]
+            groups = {
+                "clean": plain[~of_target],
+                "clean, of the target class": plain[of_target],
+                "with the trigger": points[len(labels) :],
+            }
+            for name, group in groups.items():
+                if len(group):
+                    handles[name] = axes.scatter(*group.T.numpy(), **_MARKS[name])
             axes.set_title(f"{role_title(role)}, {100 * share:.0f} % of variance", fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])
         for axes in panels[len(roles) :]:
             axes.remove()
-        names = ["clean", *(["clean, of the target class"] if target is not None else ())]
-        names += ["with the trigger"] if triggered else []
-        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+        )
         svg = svg_bytes(figure)
     return Figure(
         name="features",
