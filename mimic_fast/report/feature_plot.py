@@ -39,7 +39,7 @@ def principal_components(features: Features) -> tuple[Float[Tensor, "image 2"], 
 
 def feature_figure(
     clean: Mapping[str, Features],
-    triggered: Mapping[str, Features],
+    triggered: Mapping[str, Float[Tensor, "stamped feature"]],
     *,
     labels: Int64[Tensor, "image"],
     target: int | None,
