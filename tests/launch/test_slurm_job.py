@@ -104,7 +104,7 @@ class Job:
         path = self.folder / "job.sbatch"
         path.write_text(script)
         return subprocess.Popen(
-            # As slurmd does: what the test runner ignores, a job does not (a shell could not trap it).
+            # As slurmd does: what the test runner ignores no shell of a job could trap.
             ["env", "--default-signal", "bash", path],
             cwd=self.folder,
             env=self.environment,

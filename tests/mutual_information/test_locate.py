@@ -165,7 +165,7 @@ def located(images: Tensor, spec: dict[str, Any], here: Processes) -> list[dict[
     return [*map(mutual_information_json, found), *map(asdict, odd)]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_the_same_bits(
     tapped, pictures, run_processes: Callable[..., list[Any]], world
 ):
