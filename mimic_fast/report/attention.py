@@ -28,7 +28,7 @@ Images = UInt8[Tensor, "image channel side side"]
 
 def attention_maps(
     encoder: Encoder, images: Images, *, tap: str, power: float = 2.0
-) -> Float[Tensor, "image side side"]:
+) -> Float[Tensor, "image row column"]:
     """Attention maps of one tap, each scaled to sum 1; float32 on the CPU."""
     tapped = TappedEncoder(encoder, (tap,))
     weight = next(encoder.parameters())

@@ -40,6 +40,8 @@ def encoder():
         arguments={"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]},
         stem="small_stride2",
         image_size=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
     )
     return build_encoder(spec, seed=0)
 
