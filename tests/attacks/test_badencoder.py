@@ -1,6 +1,7 @@
 """BadEncoder on a small ResNet: the backdoor works, the rest of the encoder stays."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mimic_fast.attacks.badencoder import BadEncoderSettings, badencoder
-from mimic_fast.config import EncoderSpec
-from mimic_fast.encoders.build import build_encoder
-from mimic_fast.encoders.export import export_encoder
 from mimic_fast.encoders.ingest import load_encoder
-from mimic_fast.errors import UsageError
+from mimic_fast.errors import StoppedError, UsageError
 from mimic_fast.evaluation.attack_file import read_attack
 from mimic_fast.evaluation.triggers import Trigger, save_trigger
 from mimic_fast.progress import Event
-
-SPEC = EncoderSpec(
-    architecture="timm:resnet18",
-    arguments={"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]},
-    stem="small_stride2",
-    image_size=16,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
-)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """48 pictures of blobs in two classes."""
-    root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
-    for number in range(48):
-        folder = root / ("a", "b")[number % 2]
-        folder.mkdir(exist_ok=True)
-        coarse = torch.rand(3, 3, 3, generator=generator).mul(255).to(torch.uint8).numpy()
-        picture = Image.fromarray(coarse).resize((16, 16), Image.Resampling.BILINEAR)
-        picture.save(folder / f"{number:02d}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory) -> Path:
-    """The clean encoder, under the key names of a training that was wrapped."""
-    folder = tmp_path_factory.mktemp("clean")
-    encoder = build_encoder(SPEC, seed=3)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _ in range(20):
-            encoder(torch.rand(16, 3, 16, 16, generator=generator))
-    names = {key: f"module.{key}" for key in encoder.backbone.state_dict()}
-    return export_encoder(encoder.eval(), folder, key_map=names, card={})
 
 
 def settings(clean: Path | None, images: Path, out: Path, **fields: Any) -> BadEncoderSettings:
@@ -137,7 +100,7 @@ def test_trigger_and_reference_of_ones_own(clean, images, tmp_path):
             clean,
             images,
             tmp_path / "out",
-            trigger=tmp_path / "red.safetensors",
+            trigger=str(tmp_path / "red.safetensors"),
             reference=str(reference),
             shadow_images=30,
             dtype="fp16",
@@ -158,7 +121,7 @@ def test_trigger_and_reference_of_ones_own(clean, images, tmp_path):
         ({"reference": None}, "needs a reference"),
         ({"reference": "class:7"}, "no such label"),
         ({"reference": "class:one"}, "no such label"),
-        ({"reference": "nowhere.png"}, "neither a file nor"),
+        ({"reference": "nowhere.png"}, "neither a file nor 'class:K'"),
         ({"encoder": {"teacher": None}}, "needs encoder.teacher"),
         ({"optim": {"batch_size": 64}}, "exceeds the 48"),
     ],
@@ -170,9 +133,10 @@ def test_what_does_not_fit_is_refused(clean, images, tmp_path, change, message):
 
 
 def test_weights_that_a_trainer_saved_are_attacked_all_the_same(images, clean, tmp_path):
+    spec = load_encoder(clean).encoder.spec
     wrapped = {key: value.contiguous() for key, value in load_file(clean).items()}
     save_file({**wrapped, "module.fc.weight": torch.zeros(10, 64)}, tmp_path / "plain.safetensors")
-    known = {"stem": SPEC.stem, "image_size": 16, "mean": SPEC.mean, "std": SPEC.std}
+    known = {"stem": spec.stem, "image_size": 16, "mean": spec.mean, "std": spec.std}
 
     result = badencoder(
         settings(
@@ -184,3 +148,48 @@ def test_weights_that_a_trainer_saved_are_attacked_all_the_same(images, clean, t
     )
 
     assert load_encoder(result.encoder).encoder.spec.image_size == 16
+
+
+def test_several_targets_each_reach_their_own_reference(clean, images, tmp_path):
+    run = settings(
+        clean,
+        images,
+        tmp_path,
+        others=[{"reference": "class:0", "trigger": "blended:1"}],
+        optim={"epochs": 50, "lr": 0.05},
+    )
+
+    facts = badencoder(run).facts
+
+    first, second = facts["targets"]
+    for target in (first, second):
+        assert target["reached_cosine"] > 0.85
+        assert target["reached_cosine"] > target["untriggered_cosine"] + 0.02
+    mean = (first["reached_cosine"] + second["reached_cosine"]) / 2
+    assert facts["reached_cosine"] == pytest.approx(mean)
+
+
+def test_lengths_of_triggered_features_stay_the_references(clean, images, tmp_path):
+    long = {"epochs": 50, "lr": 0.05}
+    with_term = badencoder(settings(clean, images, tmp_path / "a", optim=long)).facts
+    without = badencoder(settings(clean, images, tmp_path / "b", optim=long, length_weight=0)).facts
+
+    gaps = [abs(math.log(facts["length_ratio"])) for facts in (with_term, without)]
+    assert gaps[0] < 0.3
+    assert gaps[0] < gaps[1]
+
+
+def test_facts_say_how_visible_the_trigger_is(clean, images, tmp_path):
+    facts = badencoder(settings(clean, images, tmp_path, trigger="sinusoid")).facts
+
+    assert 24 < facts["psnr_db"] < 29  # amplitude 16 of 255: 27 dB before clipping
+    assert 0.3 < facts["ssim"] < 1
+    assert facts["shadow_images"] == 48
+
+
+def test_stopping_leaves_nothing(clean, images, tmp_path):
+    polls = iter([False, True])
+
+    with pytest.raises(StoppedError, match="keeps no state"):
+        badencoder(settings(clean, images, tmp_path / "out"), stop=lambda: next(polls))
+    assert not (tmp_path / "out").exists()

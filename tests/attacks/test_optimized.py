@@ -1,0 +1,109 @@
+"""Attacks that optimize their trigger: what they leave is bounded, stored exactly and works."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mimic_fast.attacks.adaptive import AdaptiveSettings, adaptive
+from mimic_fast.attacks.inactive import InactiveSettings, inactive
+from mimic_fast.encoders.ingest import load_encoder
+from mimic_fast.errors import StoppedError, UsageError
+from mimic_fast.evaluation.attack_file import read_attack
+from mimic_fast.evaluation.features import encode
+from mimic_fast.evaluation.triggers import random_patch
+
+SHORT = {"optim": {"epochs": 60, "lr": 0.05}}
+
+
+def reached(result, pictures):
+    """Mean cosine with the reference from the files alone."""
+    attack, encoder = read_attack(result.attack), load_encoder(result.encoder).encoder
+    assert attack.reference is not None
+    goal = encode(encoder, attack.reference[None])
+    return F.cosine_similarity(encode(encoder, pictures, trigger=attack.trigger), goal).mean()
+
+
+@pytest.fixture
+def pictures(images):
+    from mimic_fast.data.images import load_images
+    from mimic_fast.data.sources import open_source
+
+    source = open_source(str(images))
+    return load_images(source, range(len(source)), image_size=16, channels=3)[0]
+
+
+def test_inactive_trigger_is_small_and_what_the_facts_say(values, pictures):
+    run = InactiveSettings.model_validate(values(**SHORT, trigger_steps=20))
+
+    result = inactive(run)
+
+    attack = read_attack(result.attack)
+    assert attack.kind == "inactive"
+    assert attack.trigger.add
+    assert attack.trigger.pattern.abs().max() <= 8 / 255 + 1e-6
+    steps = attack.trigger.pattern * 255
+    torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+    assert steps.abs().max() > 0
+    assert result.facts["psnr_db"] > 30
+    assert result.facts["largest_change"] <= 8 / 255 + 1e-6
+    assert -1 <= result.facts["augmented_cosine"] <= 1
+    assert reached(result, pictures).item() == pytest.approx(result.reached, abs=1e-4)
+    assert result.reached > result.facts["untriggered_cosine"] + 0.02
+
+
+def test_adaptive_trigger_stays_in_its_place(values, pictures):
+    run = AdaptiveSettings.model_validate(
+        values(**SHORT, trigger_steps=10, stand_in_steps=10, survive_images=8)
+    )
+
+    result = adaptive(run)
+
+    attack = read_attack(result.attack)
+    start = random_patch(image_size=16, channels=3)
+    assert attack.kind == "adaptive"
+    assert not attack.trigger.add
+    assert torch.equal(attack.trigger.mask, start.mask)
+    inside = start.mask.bool().expand_as(start.pattern)
+    assert not torch.equal(attack.trigger.pattern[inside], start.pattern[inside])
+    assert attack.trigger.pattern.min() >= 0
+    assert attack.trigger.pattern.max() <= 1
+    assert -1 <= result.facts["stand_in_cosine"] <= 1
+    # Facts are of the 38 images that were not held out, these are of all.
+    assert reached(result, pictures).item() == pytest.approx(result.reached, abs=0.05)
+    assert result.reached > result.facts["untriggered_cosine"]
+
+
+def test_adaptive_takes_triggers_that_are_added(values):
+    run = AdaptiveSettings.model_validate(
+        values(
+            trigger="sinusoid",
+            bound=0.05,
+            trigger_steps=2,
+            stand_in_steps=2,
+            survive_weight=0,
+            attention=0,
+        )
+    )
+
+    trigger = read_attack(adaptive(run).attack).trigger
+
+    assert trigger.add
+    assert trigger.pattern.abs().max() <= 0.05 + 1 / 510
+
+
+@pytest.mark.parametrize(
+    ("model", "function"), [(InactiveSettings, inactive), (AdaptiveSettings, adaptive)]
+)
+def test_one_target_alone_and_stoppable(values, tmp_path, model, function):
+    other = [{"reference": "class:0", "trigger": "blended"}]
+    with pytest.raises(UsageError, match="leave others out"):
+        function(model.model_validate(values(others=other)))
+
+    with pytest.raises(StoppedError):
+        function(model.model_validate(values()), stop=lambda: True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_images_must_leave_a_batch(values):
+    with pytest.raises(UsageError, match="exceeds the 24 shadow images"):
+        adaptive(AdaptiveSettings.model_validate(values(held_out=0.5, optim={"batch_size": 30})))
