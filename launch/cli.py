@@ -26,6 +26,7 @@ from mimic_fast.launch.commands.plan import plan
 from mimic_fast.launch.commands.pretrain import pretrain
 from mimic_fast.launch.commands.purify import purify
 from mimic_fast.launch.commands.replay import replay
+from mimic_fast.launch.commands.scan import scan
 from mimic_fast.launch.commands.slurm import slurm
 from mimic_fast.launch.start_up import signals_end_the_start
 from mimic_fast.launch.tables import printable
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, purify, locate, evaluate):
+for command in (demo, purify, locate, evaluate, scan):
     app.command()(command)
 app.add_typer(attack.app, name="attack")
 for command in (pretrain, inspect, frames, slurm, aot):

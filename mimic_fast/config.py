@@ -366,6 +366,18 @@ class EvaluationSettings(Frozen):
     probe_l2: float = Field(default=1e-3, ge=0, description="L2 penalty of the linear probe")
     test_images: int | None = Field(default=None, ge=2, description="test images; None: all")
     batch_size: int = Field(default=256, ge=1, description="images per forward")
+    curve_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="purify: epochs between two measurements of the student on the first "
+        "downstream set while it is trained; None: none",
+    )
+    scan: bool = Field(
+        default=False, description="purify: scan teacher and purified encoder without a trigger"
+    )
+    scan_references: Path | None = Field(
+        default=None, description="clean encoders, or their scans, that the scans compare with"
+    )
 
 
 class Settings(Frozen):

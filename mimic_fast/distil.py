@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimic_fast import ops
 from mimic_fast.batchnorm import synchronize_batchnorm
@@ -35,6 +35,7 @@ from mimic_fast.encoders.taps import (
 )
 from mimic_fast.engines.fsdp2 import shard
 from mimic_fast.errors import UsageError
+from mimic_fast.evaluation.curve import Curve
 from mimic_fast.files import machine_errors, write_atomic
 from mimic_fast.mutual_information.locate import (
     MutualInformation,
@@ -45,6 +46,7 @@ from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import settings_json, settings_record
 from mimic_fast.step import Student
 from mimic_fast.training import Task, Trained, train
+from mimic_fast.watch import process_0_alone
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -273,7 +275,28 @@ def _distil(
         processes=processes,
         report=report,
         stop=stop,
+        on_epoch=_curve(setup, settings, processes, stop),
     )
+
+
+def _curve(
+    setup: _Setup, settings: Settings, processes: Processes, stop: Callable[[], bool]
+) -> Callable[[int, nn.Module], None] | None:
+    """Measures the student after epochs, if the settings ask for it."""
+    if settings.evaluation.curve_every is None:
+        return None
+    assert settings.run.out is not None
+    path = settings.run.out / "curve.jsonl"
+    curve = Curve(path, settings.evaluation, teacher=setup.teacher, seed=settings.seed)
+    student = setup.student_taps.encoder
+
+    def after(epoch: int, _: nn.Module) -> None:
+        def work(stopped: Callable[[], bool]) -> None:
+            curve.measure(epoch, student, stop=stopped)
+
+        process_0_alone(work, processes=processes, stop=stop)
+
+    return after
 
 
 def _whole_teacher(teacher: LoadedEncoder, settings: Settings) -> LoadedEncoder:
@@ -302,12 +325,26 @@ def _check_settings(settings: Settings) -> None:
         raise UsageError("no clean images given; use --data or data.source in the recipe")
     if settings.run.out is None:
         raise UsageError("no run directory given; use --out or run.out in the recipe")
+    _check_curve(settings)
     if settings.encoder.teacher_shard and settings.optim.precision == "fp64":
         raise UsageError("encoder.teacher_shard keeps float32 weights; use another precision")
     if settings.encoder.teacher_shard and settings.mi.estimator == "dv":
         raise UsageError(
             "encoder.teacher_shard cannot run with mi.estimator 'dv', which processes compute each "
             "for themselves; use 'histogram'"
+        )
+
+
+def _check_curve(settings: Settings) -> None:
+    """The student must be whole on process 0, and there must be something to measure it on."""
+    if settings.evaluation.curve_every is None:
+        return
+    if not settings.evaluation.downstream:
+        raise UsageError("evaluation.curve_every needs a labeled set: --downstream NAME=DIR")
+    if settings.run.engine in ("zero3", "fsdp2") or settings.encoder.teacher_shard:
+        raise UsageError(
+            "evaluation.curve_every needs student and teacher whole on one process; leave it out "
+            f"with run.engine '{settings.run.engine}' and encoder.teacher_shard"
         )
 
 

@@ -9,18 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mimic_fast.baselines.student_only import student_only
-from mimic_fast.config import Settings
+from mimic_fast.config import DataSettings, EncoderSettings, RunSettings, Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.evaluation.agreement import agreement
 from mimic_fast.evaluation.downstream import Measurable
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.features import encode
+from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.mutual_information.locate import mutual_information_json
 from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import settings_record
+from mimic_fast.report.clean_sheet import recovered_figure
 from mimic_fast.report.collect import RunFacts, build_report, write_report
+from mimic_fast.report.draw import draw_figures
 from mimic_fast.report.examples import load_examples
+from mimic_fast.report.figures import save_figures
+from mimic_fast.scan.result import scan_json
+from mimic_fast.scan.scan import scan
+from mimic_fast.scan.settings import ScanSettings
 from mimic_fast.watch import leave_if
 
 if TYPE_CHECKING:
@@ -61,6 +68,20 @@ def write_evidence(
     evaluation = evaluate_encoders(
         encoders, settings.evaluation, seed=settings.seed, report=report, stop=stop
     )
+    leave_if(stop)
+    scans, triggers = _scans(result, settings, report, stop)
+    drawn = draw_figures(
+        {role: one.encoder for role, one in encoders.items()},
+        evaluation,
+        settings.evaluation,
+        seed=settings.seed,
+        taps=settings.encoder.taps,
+        power=settings.loss.attention_power,
+        pool=result.pool,
+        stop=stop,
+    )
+    if triggers:
+        drawn.append(recovered_figure(triggers))
     content = build_report(
         evaluation,
         run=RunFacts(
@@ -83,8 +104,9 @@ def write_evidence(
         ),
         agreement=_agreement(result, stop),
         mutual_information=mutual_information_json(result.mutual_information),
+        scan=scans,
+        figures=save_figures(result.out, drawn),
     )
-    leave_if(stop)
     spec = result.purified.spec
     examples = load_examples(
         evaluation, settings.evaluation, image_size=spec.image_size, channels=spec.in_channels
@@ -116,6 +138,39 @@ def _floor(
     )
     assert floor.path is not None
     return floor.path
+
+
+def _scans(
+    result: "PurifyResult", settings: Settings, report: Reporter, stop: Callable[[], bool]
+) -> tuple[dict[str, Any], dict[str, Trigger]]:
+    """Scans of teacher and purified encoder in ``scan/ROLE``, and the triggers they recovered."""
+    scans: dict[str, Any] = {}
+    triggers: dict[str, Trigger] = {}
+    if not settings.evaluation.scan:
+        return scans, triggers
+    teacher = settings.encoder.model_copy(update={"teacher": result.teacher.path})
+    for role, encoder in (
+        ("teacher", teacher),
+        ("purified", EncoderSettings(teacher=result.encoder)),
+    ):
+        out = result.out / "scan" / role
+        scanned = scan(
+            ScanSettings(
+                seed=settings.seed,
+                encoder=encoder,
+                data=DataSettings(source=settings.data.source),
+                references=settings.evaluation.scan_references,
+                run=RunSettings(
+                    out=out, resume="auto", device=settings.run.device, checkpoint_every=25
+                ),
+            ),
+            report=report,
+            stop=stop,
+        )
+        scans[role] = scan_json(scanned.scanned, scanned.verdict)
+        if scanned.trigger is not None:
+            triggers[role] = scanned.trigger
+    return scans, triggers
 
 
 def _agreement(result: "PurifyResult", stop: Callable[[], bool]) -> dict[str, Any] | None:

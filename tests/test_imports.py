@@ -60,6 +60,8 @@ LAYERS = [
         "distil",
         "evaluation",
         "report",
+        "scan",
+        "comparison",
         "attacks",
         "baselines",
         "evidence",

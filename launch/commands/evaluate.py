@@ -63,14 +63,27 @@ def evaluate(
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.launch.tables import print_report
     from mimic_fast.report.collect import write_report
+    from mimic_fast.report.draw import draw_figures
     from mimic_fast.report.examples import load_examples
+    from mimic_fast.report.figures import save_figures
 
     keep_freed_memory()
     loaded = {role: load_encoder(path, settings.encoder) for role, path in files.items()}
     earlier = {} if out is None else _earlier(out, {r: e.sha256 for r, e in loaded.items()})
     with progress_bars() as report:
         measured = evaluate_encoders(loaded, settings.evaluation, seed=settings.seed, report=report)
-    content = _content(measured, settings_record(settings), earlier)
+    figures: list[dict[str, str]] = []
+    if out is not None:
+        drawn = draw_figures(
+            {role: one.encoder for role, one in loaded.items()},
+            measured,
+            settings.evaluation,
+            seed=settings.seed,
+            taps=settings.encoder.taps,
+            power=settings.loss.attention_power,
+        )
+        figures = save_figures(out, drawn)
+    content = _content(measured, settings_record(settings), earlier, figures)
     if out is not None:
         spec = next(iter(loaded.values())).encoder.spec
         examples = load_examples(
@@ -114,12 +127,17 @@ def _earlier(out: Path, digests: dict[str, str]) -> dict[str, Any]:
 
 
 def _content(
-    measured: dict[str, Any], settings: dict[str, Any], earlier: dict[str, Any]
+    measured: dict[str, Any],
+    settings: dict[str, Any],
+    earlier: dict[str, Any],
+    figures: list[dict[str, str]],
 ) -> dict[str, Any]:
     """The new report, with what only the purification itself could measure carried over."""
     from mimic_fast.evaluation.metrics import Measure
     from mimic_fast.report.collect import RunFacts, build_report
 
+    new = {figure["name"] for figure in figures}
+    kept = [figure for figure in earlier.get("figures", ()) if figure.get("name") not in new]
     agreement = {name: Measure(**m) for name, m in earlier.get("agreement", {}).items()}
     if "settings" in earlier:
         settings = earlier["settings"] | {"evaluation": settings["evaluation"]}
@@ -132,4 +150,6 @@ def _content(
         ),
         agreement=agreement or None,
         mutual_information=earlier.get("mutual_information"),
+        scan=earlier.get("scan"),
+        figures=[*kept, *figures],
     )

@@ -11,6 +11,7 @@ from typing import Any
 from mimic_fast.evaluation.metrics import Measure, measure_json
 from mimic_fast.files import write_atomic
 from mimic_fast.report.examples import Example
+from mimic_fast.report.figures import load_figures
 from mimic_fast.report.render import render_report
 from mimic_fast.report.verdict import limits, verdict
 from mimic_fast.version import VERSION
@@ -41,6 +42,8 @@ def build_report(
     run: RunFacts,
     agreement: Mapping[str, Measure] | None = None,
     mutual_information: Mapping[str, Any] | None = None,
+    scan: Mapping[str, Any] | None = None,
+    figures: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """The content of report.json, schema 1. What was not measured is absent.
 
@@ -50,12 +53,18 @@ def build_report(
         run: Settings, data, cost, provenance.
         agreement: Of teacher and purified encoder on held-out clean images.
         mutual_information: Step A's result as JSON.
+        scan: ``scan.json`` by role.
+        figures: Of ``save_figures``.
     """
     report: dict[str, Any] = {"schema": SCHEMA, **evaluation}
     if mutual_information is not None:
         report["mutual_information"] = dict(mutual_information)
     if agreement:
         report["agreement"] = {name: measure_json(m) for name, m in agreement.items()}
+    if scan:
+        report["scan"] = dict(scan)
+    if figures:
+        report["figures"] = [dict(figure) for figure in figures]
     for name, facts in (("clean_set", run.clean_set), ("cost", run.cost)):
         if facts:
             report[name] = dict(facts)
@@ -78,7 +87,7 @@ def write_report(
     Args:
         out: The run directory.
         report: Of :func:`build_report`.
-        metrics: ``metrics.jsonl`` of the run, for the curves.
+        metrics: ``metrics.jsonl`` of the run, for the curves; ``curve.jsonl`` lies beside it.
         examples: Of ``load_examples``.
 
     Raises:
@@ -86,7 +95,8 @@ def write_report(
     """
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     write_atomic(out / "report.json", text.encode())
-    page = render_report(report, metrics=metrics, examples=examples)
+    figures = load_figures(out, report.get("figures", ()))
+    page = render_report(report, metrics=metrics, examples=examples, figures=figures)
     write_atomic(out / "report.html", page.encode())
     return out / "report.html"
 

@@ -64,7 +64,7 @@ def load_examples(
         source, indices, image_size=image_size, channels=channels, evaluation=True
     )
     stamped = _stamped(images, settings.attack)
-    target = _target(evaluation, facts["name"])
+    target = target_of(evaluation, facts["name"])
     examples: list[Example] = []
     for position, index in enumerate(kept):
         row = rows[indices.index(index)]
@@ -118,7 +118,8 @@ def _stamped(images: Tensor, attack: Path | None) -> Tensor | None:
     return (apply_trigger(images.float() / 255, trigger) * 255).round().to(torch.uint8)
 
 
-def _target(evaluation: Mapping[str, Any], dataset: str) -> int | None:
+def target_of(evaluation: Mapping[str, Any], dataset: str) -> int | None:
+    """The attack's class on a downstream set; None without an attack."""
     for encoder in evaluation["encoders"].values():
         for entry in encoder.get("downstream", ()):
             for attack in entry.get("attacks", ()):

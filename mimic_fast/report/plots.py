@@ -32,7 +32,7 @@ _CURVES = (
     ("contrastive", "Contrastive loss"),
     ("lr", "Learning rate"),
 )
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -73,9 +73,9 @@ def outcome_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]
     """
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         rated = any(rate is not None for _, _, rate in rows)
-        figure = _figure(height=0.75 + 0.3 * len(rows))
+        figure = new_figure(height=0.75 + 0.3 * len(rows))
         panels = figure.subplots(1, 2 if rated else 1, sharey=True, squeeze=False)[0]
         _dots(panels[0], [(role, accuracy) for role, accuracy, _ in rows], "Clean accuracy, %")
         if rated:
@@ -94,7 +94,7 @@ def mutual_information_chart(information: Mapping[str, Any]) -> str:
     """
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         return _data_uri(information_figure(information))
 
 
@@ -103,8 +103,8 @@ def information_figure(information: Mapping[str, Any]) -> "Figure":
     import matplotlib as mpl
 
     layers = information["layers"]
-    with mpl.rc_context(_STYLE):
-        figure = _figure(height=0.85 + 0.26 * max(len(layers), 2))
+    with mpl.rc_context(STYLE):
+        figure = new_figure(height=0.85 + 0.26 * max(len(layers), 2))
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         places = list(range(len(layers)))
         values = [layer["value"] for layer in layers]
@@ -139,9 +139,9 @@ def loss_chart(metrics: Path) -> str | None:
     names = [(key, title) for key, title in _CURVES if any(row.get(key) for row in rows)]
     if len(rows) < 2 or not names:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         height = math.ceil(len(names) / 2)
-        figure = _figure(height=0.5 + 1.45 * height)
+        figure = new_figure(height=0.5 + 1.45 * height)
         panels = figure.subplots(height, 2, sharex=True, squeeze=False).flat
         for axes, (key, title) in zip(panels, names, strict=False):
             steps, values = _thinned(rows, key)
@@ -154,7 +154,44 @@ def loss_chart(metrics: Path) -> str | None:
         return _data_uri(figure)
 
 
-def _figure(*, height: float) -> "Figure":
+def curve_chart(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Clean accuracy and ASR of the student over the epochs, the teacher's as dashed lines.
+
+    Args:
+        rows: Of ``read_curve``.
+
+    Returns:
+        SVG as a data URI, or None if the student was measured less than twice.
+    """
+    import matplotlib as mpl
+
+    student = [row for row in rows if row["role"] == "purified"]
+    teacher = next((row for row in rows if row["role"] == "teacher"), None)
+    if len(student) < 2:
+        return None
+    keys = [("clean_accuracy", "Clean accuracy, %"), ("attack_success_rate", "ASR, %")]
+    keys = [(key, title) for key, title in keys if student[0].get(key) is not None]
+    with mpl.rc_context(STYLE):
+        figure = new_figure(height=2.1)
+        panels = figure.subplots(1, 2, squeeze=False)[0]
+        for axes, (key, title) in zip(panels, keys, strict=False):
+            _, color, marker = ROLES["purified"]
+            epochs = [row["epoch"] for row in student]
+            values = [100 * row[key] for row in student]
+            axes.plot(epochs, values, color=color, marker=marker, markersize=3.5, linewidth=1.3)
+            if teacher is not None and teacher.get(key) is not None:
+                axes.axhline(100 * teacher[key], color=ROLES["teacher"][1], dashes=(4, 2))
+            axes.set_title(title)
+            axes.set_ylim(-3, 103)
+            axes.locator_params(axis="x", integer=True, nbins=5)
+        for axes in panels[len(keys) :]:
+            axes.remove()
+        figure.supxlabel("Epoch", fontsize=9.5)
+        return _data_uri(figure)
+
+
+def new_figure(*, height: float) -> "Figure":
+    """An empty figure as wide as the page's, ``height`` inches high."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -226,7 +263,12 @@ def _thinned(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], 
     return steps, values
 
 
-def _data_uri(figure: "Figure") -> str:
+def svg_bytes(figure: "Figure") -> bytes:
+    """The figure as SVG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def _data_uri(figure: "Figure") -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg_bytes(figure)).decode("ascii")

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimic_fast.evaluation.curve import read_curve
 from mimic_fast.report.examples import Example
+from mimic_fast.report.figures import Figure
 from mimic_fast.report.plots import (
     by_role,
+    curve_chart,
     loss_chart,
     mutual_information_chart,
     outcome_chart,
@@ -17,14 +20,19 @@ from mimic_fast.report.verdict import percent, points
 
 
 def render_report(
-    report: Mapping[str, Any], *, metrics: Path | None = None, examples: Sequence[Example] = ()
+    report: Mapping[str, Any],
+    *,
+    metrics: Path | None = None,
+    examples: Sequence[Example] = (),
+    figures: Sequence[Figure] = (),
 ) -> str:
     """The HTML page, which stands alone: inline style, images as data URIs, no script, no address.
 
     Args:
         report: Of ``build_report``. Untrusted text in it (names, paths) is escaped.
-        metrics: ``metrics.jsonl`` of the run, for the curves.
+        metrics: ``metrics.jsonl`` of the run, for the curves; ``curve.jsonl`` lies beside it.
         examples: Of ``load_examples``.
+        figures: Of ``load_figures``.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -52,7 +60,12 @@ def render_report(
         tables=_tables(report),
         information_chart=None if information is None else mutual_information_chart(information),
         curves=None if metrics is None else loss_chart(metrics),
+        outcome_curves=None
+        if metrics is None
+        else curve_chart(read_curve(metrics.with_name("curve.jsonl"))),
+        scans=_scans(report),
         examples=examples,
+        figures={figure.name: figure for figure in figures},
     )
 
 
@@ -88,6 +101,25 @@ def _tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             ]
         )
     return list(tables.values())
+
+
+def _scans(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a score: what each encoder has, and the clean references' range."""
+    scans = report.get("scan", {})
+    rows: dict[str, dict[str, Any]] = {}
+    for role in by_role(scans):
+        verdict = scans[role].get("verdict") or {}
+        ranges = {c["name"]: c for c in verdict.get("comparisons", ())}
+        for score in scans[role]["scores"]:
+            row = rows.setdefault(
+                score["name"],
+                {"name": score["name"], "unit": score["unit"], "values": {}, "range": None},
+            )
+            row["suspicious"] = score["suspicious"]
+            row["values"][role] = score
+            if score["name"] in ranges:
+                row["range"] = ranges[score["name"]]
+    return list(rows.values())
 
 
 def _target_name(table: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """A whole evaluation from predictions drawn with a seed: the shape that report.json has."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,11 @@ from mimic_fast.evaluation.scores import (
     downstream_entry,
     example_rows,
 )
+from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.report.collect import RunFacts
+from mimic_fast.scan.result import Scanned, scan_json
+from mimic_fast.scan.result import Score as ScanScore
+from mimic_fast.scan.verdict import judge
 
 TARGET = 8
 # accuracy and ASR by role
@@ -127,3 +132,34 @@ def information() -> dict[str, Any]:
         "layers": layers,
         "seconds": 3.2,
     }
+
+
+@pytest.fixture
+def scans() -> tuple[dict[str, Any], dict[str, Trigger]]:
+    """``scan.json`` of teacher and purified encoder, and the triggers they recovered."""
+    references = [_scanned("clean", 0.08 + 0.002 * index) for index in range(6)]
+    found: dict[str, Any] = {}
+    for role, size in (("teacher", 0.02), ("purified", 0.081)):
+        scanned = _scanned(role, size)
+        verdict = judge(scanned, references, unusual=0.05, suspicious=0.01)
+        found[role] = scan_json(scanned, verdict)
+    mask = torch.zeros(1, 8, 8)
+    mask[:, 5:, 5:] = 1
+    trigger = Trigger(name="recovered_patch", mask=mask, pattern=torch.ones(3, 8, 8))
+    return found, {"teacher": trigger, "purified": trigger}
+
+
+def _scanned(name: str, size: float) -> Scanned:
+    return Scanned(
+        name=name,
+        sha256=hashlib.sha256(name.encode()).hexdigest(),
+        family={"architecture": "small"},
+        images="images",
+        source="clean",
+        protocol={"seed": 0},
+        scores=(
+            ScanScore(
+                name="patch size at 0.95", value=size, unit="share of the image", suspicious="low"
+            ),
+        ),
+    )

@@ -1,0 +1,106 @@
+"""Accuracy and ASR of the student while it is trained: ``curve.jsonl``.
+
+A share of the first labeled set is enough to see when the backdoor goes and the accuracy comes; the
+figures of the report are measured at the end, on all of it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimic_fast.config import EvaluationSettings
+from mimic_fast.encoders.build import Encoder
+from mimic_fast.errors import StoppedError
+from mimic_fast.evaluation.downstream import Measurable
+from mimic_fast.evaluation.evaluate import evaluate_encoders
+from mimic_fast.files import machine_errors, write_atomic
+
+_IMAGES = 1000  # labeled and test images each, at most
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Snapshot:
+    """The student as it is now; it lies in no file, so it has no digest."""
+
+    encoder: Encoder
+    sha256: str = ""
+
+
+class Curve:
+    """Measures the student every few epochs and writes a row.
+
+    Args:
+        path: ``curve.jsonl``. Rows of a run that is resumed stay; an epoch that comes again
+            replaces its row.
+        settings: Downstream sets (the first is used), attack.
+        teacher: Measured once, for comparison and for the target class.
+        seed: As in the evaluation at the end.
+    """
+
+    def __init__(
+        self, path: Path, settings: EvaluationSettings, *, teacher: Measurable, seed: int
+    ) -> None:
+        share = {
+            "downstream": settings.downstream[:1],
+            "probe": ("linear",),
+            "probe_labels": min(settings.probe_labels or _IMAGES, _IMAGES),
+            "test_images": min(settings.test_images or _IMAGES, _IMAGES),
+        }
+        self._path, self._seed, self._teacher = path, seed, teacher
+        self._settings = settings.model_copy(update=share)
+        self._every = settings.curve_every or 1
+
+    def measure(
+        self, epoch: int, student: Encoder, *, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Adds the row of an epoch (from 1) where one is due; nothing if ``stop`` told so.
+
+        Raises:
+            MachineError: If the file cannot be written.
+            UsageError: As ``evaluate_encoders``.
+        """
+        if epoch % self._every:
+            return
+        rows = {(row["role"], row["epoch"]): row for row in read_curve(self._path)}
+        try:
+            if ("teacher", 0) not in rows:  # first: it settles the target class
+                rows["teacher", 0] = self._row("teacher", 0, self._teacher, stop)
+            rows["purified", epoch] = self._row("purified", epoch, _Snapshot(encoder=student), stop)
+        except StoppedError:
+            return  # the training loop saves the state and leaves
+        lines = (json.dumps(row, allow_nan=False) for row in rows.values())
+        with machine_errors(self._path):
+            write_atomic(self._path, "".join(f"{line}\n" for line in lines).encode())
+
+    def _row(
+        self, role: str, epoch: int, encoder: Measurable, stop: Callable[[], bool]
+    ) -> dict[str, Any]:
+        measured = evaluate_encoders({role: encoder}, self._settings, seed=self._seed, stop=stop)
+        (entry,) = measured["encoders"][role]["downstream"]
+        attack: Mapping[str, Any] = next(iter(entry.get("attacks", ())), {})
+        rate = attack.get("attack_success_rate")
+        return {
+            "role": role,
+            "epoch": epoch,
+            "dataset": entry["dataset"],
+            "test_images": self._settings.test_images,
+            "clean_accuracy": entry["clean_accuracy"]["value"],
+            "attack_success_rate": None if rate is None else rate["value"],
+        }
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """Rows of ``curve.jsonl``; none if there is no such file. A damaged line is left out."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"role", "epoch", "clean_accuracy"} <= set(row):
+            rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Is this encoder suspicious? Scores from clean, unlabeled images alone: no trigger, no labels."""

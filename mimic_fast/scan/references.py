@@ -1,0 +1,87 @@
+"""Clean encoders of the same family: what is normal. Found in a folder, scanned where need be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mimic_fast.errors import MimicError, StoppedError, UsageError
+from mimic_fast.files import sha256_file
+from mimic_fast.scan.result import Scanned, read_scan
+
+_NOT_ENCODERS = ("trigger", "parts")  # files and folders of our own that hold other tensors
+
+
+@dataclass(kw_only=True, slots=True)
+class References:
+    """Clean encoders to compare with.
+
+    Args:
+        used: Their scans, by file digest.
+        left_out: What cannot be compared, with the reason.
+    """
+
+    used: dict[str, Scanned] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def collect(folder: Path, scanned: Scanned, *, scan: Callable[[Path], Scanned]) -> References:
+    """Every comparable clean encoder under a folder.
+
+    Finished scans (``scan.json``) are read; encoders (``*.safetensors``) without one are scanned.
+    Each encoder counts once, however often it is there, and the scanned one never.
+
+    Args:
+        folder: Holds encoders, scans, or runs with either, at any depth.
+        scanned: What they are compared with: same family, images and protocol.
+        scan: Measures an encoder file like ``scanned``.
+
+    Raises:
+        UsageError: If the folder is missing or holds neither.
+        StoppedError: If ``scan`` was stopped.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"references {folder} is not a folder; give one with clean encoders")
+    scans = sorted(folder.rglob("scan.json"))
+    encoders = sorted(path for path in folder.rglob("*.safetensors") if _is_encoder(path, folder))
+    if not scans and not encoders:
+        raise UsageError(f"references {folder} holds neither encoders nor scan.json files")
+    found = References()
+    for path in scans:
+        _add(found, str(path.relative_to(folder)), read_scan(path), scanned)
+    for path in encoders:
+        name = str(path.relative_to(folder))
+        digest = sha256_file(path)
+        if digest in found.used or digest == scanned.sha256:
+            continue
+        try:
+            _add(found, name, scan(path), scanned)
+        except StoppedError:
+            raise
+        except MimicError as error:  # one bad file must not cost the comparison with the others
+            found.left_out[name] = str(error)
+    return found
+
+
+def _is_encoder(path: Path, folder: Path) -> bool:
+    parts = path.relative_to(folder).parts
+    return not parts[-1].startswith(_NOT_ENCODERS) and not set(_NOT_ENCODERS) & set(parts[:-1])
+
+
+def _add(found: References, name: str, other: Scanned, scanned: Scanned) -> None:
+    reason = _why_not(other, scanned)
+    if reason:
+        found.left_out[name] = reason
+    else:
+        found.used.setdefault(other.sha256, other)
+
+
+def _why_not(other: Scanned, scanned: Scanned) -> str:
+    if other.sha256 == scanned.sha256:
+        return "is the scanned encoder itself"
+    if other.family != scanned.family:
+        return "is of another architecture or input size"
+    if other.protocol != scanned.protocol:
+        return "was scanned with other settings"
+    if other.images != scanned.images:
+        return "was scanned on other images"
+    return ""
