@@ -217,7 +217,7 @@ def test_effective_settings_of_another_kind_round_trip():
 @pytest.mark.parametrize(
     ("module", "name", "override", "kept"),
     [
-        ("attacks.badencoder", "BadEncoderSettings", "optim.epochs=1", ("optim", "name", "sgd")),
+        ("attacks.badencoder", "BadEncoderSettings", "optim.epochs=1", ("optim", "name", "adamw")),
         ("pretraining", "PretrainSettings", "loss.temperature=1", ("loss", "contrastive", 1.0)),
     ],
 )

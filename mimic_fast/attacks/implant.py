@@ -204,6 +204,8 @@ def leave(
 ) -> Attacked:
     """Measures the attack on shadow images and writes encoder, card and ``attack.json``.
 
+    Every further target has an ``attack.json`` of its own in ``target_2``, ``target_3``, ...
+
     Args:
         prepared: With the trained student.
         settings: The attack's.
@@ -224,7 +226,7 @@ def leave(
         card={"kind": prepared.kind, "settings": settings_record(settings)},
         dtype=STORED[settings.dtype],
     )
-    attack = write_attack(settings.run.out, _attack(prepared, recorded))
+    attack = _write_targets(prepared, settings.run.out, recorded)
     return Attacked(
         encoder=path,
         attack=attack,
@@ -306,8 +308,23 @@ def _measure(prepared: Prepared) -> dict[str, Any]:
     return facts if len(each) == 1 else {**facts, "targets": each}
 
 
-def _attack(prepared: Prepared, facts: Mapping[str, Any]) -> Attack:
-    first = prepared.aims[0]
-    return Attack(
-        kind=prepared.kind, trigger=first.trigger, reference=first.references[0], facts=facts
-    )
+def _write_targets(prepared: Prepared, out: Path, facts: Mapping[str, Any]) -> Path:
+    """``attack.json`` of the first target; of a further one in ``target_2`` and so on."""
+    paths: list[Path] = []
+    for number, aim in enumerate(prepared.aims, start=1):
+        own = dict(facts)
+        if "targets" in facts:
+            own |= {**facts["targets"][number - 1], "target": number}
+            del own["targets"]
+        paths.append(
+            write_attack(
+                out if number == 1 else out / f"target_{number}",
+                Attack(
+                    kind=prepared.kind,
+                    trigger=aim.trigger,
+                    reference=aim.references[0],
+                    facts=own,
+                ),
+            )
+        )
+    return paths[0]

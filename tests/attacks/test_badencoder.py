@@ -159,14 +159,20 @@ def test_several_targets_each_reach_their_own_reference(clean, images, tmp_path)
         optim={"epochs": 50, "lr": 0.05},
     )
 
-    facts = badencoder(run).facts
+    result = badencoder(run)
 
+    facts = result.facts
     first, second = facts["targets"]
     for target in (first, second):
         assert target["reached_cosine"] > 0.85
         assert target["reached_cosine"] > target["untriggered_cosine"] + 0.02
     mean = (first["reached_cosine"] + second["reached_cosine"]) / 2
     assert facts["reached_cosine"] == pytest.approx(mean)
+    files = [read_attack(result.attack), read_attack(tmp_path / "target_2")]
+    assert [one.trigger.name for one in files] == ["white_patch", "blended:1"]
+    assert [one.facts["reached_cosine"] for one in files] == [
+        pytest.approx(target["reached_cosine"]) for target in (first, second)
+    ]
 
 
 def test_lengths_of_triggered_features_stay_the_references(clean, images, tmp_path):
