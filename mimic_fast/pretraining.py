@@ -26,6 +26,7 @@ from mimic_fast.config import (
     Settings,
 )
 from mimic_fast.data.images import load_images
+from mimic_fast.data.items import Source
 from mimic_fast.data.loader import TrainingImages
 from mimic_fast.data.sources import limits_of, open_source
 from mimic_fast.distributed import start
@@ -81,33 +82,58 @@ def pretrain(
     """
     if settings.data.source is None or settings.run.out is None:
         raise UsageError("pre-training needs data.source (--data) and run.out (--out)")
+    _, pool, _ = read_pool(settings, report=report)
+    encoder, trained = pretrain_on(pool, settings, report=report, stop=stop, phase="pretrain")
+    card = {"kind": "pretrained", "settings": settings_record(settings)}
+    path = export_encoder(
+        encoder, settings.run.out, key_map=None, card=card, dtype=STORED[settings.dtype]
+    )
+    return Pretrained(encoder=encoder, path=path, trained=trained)
+
+
+def read_pool(
+    settings: PretrainSettings, *, report: Reporter = silent
+) -> tuple[Source, UInt8[Tensor, "image channel side side"], tuple[int, ...]]:
+    """The source, its images decoded as training takes them, and the places of these in it.
+
+    Raises:
+        UsageError: If the settings name no loss, or a run directory that is not to be resumed.
+        UnsafeInputError: If no image can be decoded.
+    """
+    assert settings.data.source is not None
+    out = settings.run.out
     if settings.loss.contrastive == 0:
         raise UsageError("pre-training has no other loss: loss.contrastive must be above 0")
-    if settings.run.resume == "never" and (settings.run.out / "metrics.jsonl").exists():
-        raise UsageError(
-            f"{settings.run.out} already holds a run; use --resume auto or another --out"
-        )
+    if out is not None and settings.run.resume == "never" and (out / "metrics.jsonl").exists():
+        raise UsageError(f"{out} already holds a run; use --resume auto or another --out")
     warn_ignored(settings.data, CLEAN_SET_FIELDS, prefix="data", user="pre-training")
     warn_ignored(settings.loss, ("teacher_view",), prefix="loss", user="pre-training")
     if settings.loss.clone or settings.loss.attention_weight:
         warnings.warn("pre-training ignores loss.clone and loss.attention_weight", stacklevel=2)
     source = open_source(settings.data.source, limits=limits_of(settings.data), report=report)
     report(Event(phase="load", message=f"{len(source)} images of {source.name}"))
-    pool, _ = load_images(
+    pool, kept = load_images(
         source,
         range(len(source)),
         image_size=settings.spec.image_size,
         channels=settings.spec.in_channels,
         report=report,
     )
-    encoder, trained = train_contrastive(
-        settings.spec, pool, settings=_as_run(settings), report=report, stop=stop, phase="pretrain"
+    return source, pool, kept
+
+
+def pretrain_on(
+    pool: UInt8[Tensor, "image channel side side"],
+    settings: PretrainSettings,
+    *,
+    report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
+    phase: str,
+) -> tuple[Encoder, Trained]:
+    """Pre-trains on decoded images as the settings say; ``phase`` names it in reports."""
+    return train_contrastive(
+        settings.spec, pool, settings=_as_run(settings), report=report, stop=stop, phase=phase
     )
-    card = {"kind": "pretrained", "settings": settings_record(settings)}
-    path = export_encoder(
-        encoder, settings.run.out, key_map=None, card=card, dtype=STORED[settings.dtype]
-    )
-    return Pretrained(encoder=encoder, path=path, trained=trained)
 
 
 def train_contrastive(

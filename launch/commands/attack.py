@@ -1,6 +1,6 @@
 """``mimic-fast attack KIND``: implant a backdoor in an encoder, to measure defenses against it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,11 +9,14 @@ import typer
 from mimic_fast.launch.arguments import (
     Data,
     Device,
+    Downstream,
     Json,
     Out,
     Overrides,
     Recipe,
+    Resume,
     Seed,
+    downstream_values,
     given,
     print_json,
 )
@@ -29,6 +32,10 @@ FINISHED = {
     "drupe": "DRUPE (IEEE S&P 2024): BadEncoder that hides among the clean images' features.",
     "inactive": "INACTIVE (2024): BadEncoder with an optimized trigger that is hard to see.",
     "adaptive": "An attacker who expects MIMIC: a backdoor made to survive distillation.",
+}
+POISONING = {
+    "ctrl": "CTRL (ICCV 2023): pre-train on a set of which 1 % carries a frequency trigger.",
+    "sslbkd": "SSLBKD (CVPR 2022): pre-train on a set with a patch on half of one class.",
 }
 
 
@@ -62,6 +69,7 @@ def _finished(kind: str) -> Callable[..., None]:
                 "trigger file.",
             ),
         ] = None,
+        downstream: Downstream = None,
         out: Out = None,
         seed: Seed = None,
         device: Device = None,
@@ -74,6 +82,40 @@ def _finished(kind: str) -> Callable[..., None]:
             "encoder": given(teacher=encoder),
             "data": given(source=data),
             "run": given(out=out, device=device),
+            "evaluation": given(downstream=downstream_values(downstream)),
+        }
+        _run(kind, recipe, overrides or [], values, as_json)
+
+    return attack
+
+
+def _poisoning(kind: str) -> Callable[..., None]:
+    """The command of an attack on the data of a pre-training."""
+
+    def attack(
+        recipe: Recipe = None,
+        data: Data = None,
+        target: Annotated[
+            int | None,
+            typer.Option("--target", help="Label of the images that are poisoned, from 0."),
+        ] = None,
+        trigger: Annotated[
+            str | None,
+            typer.Option("--trigger", help="A trigger's name or file, as for the other attacks."),
+        ] = None,
+        downstream: Downstream = None,
+        out: Out = None,
+        seed: Seed = None,
+        resume: Resume = None,
+        device: Device = None,
+        overrides: Overrides = None,
+        as_json: Json = False,
+    ) -> None:
+        values = {
+            **given(seed=seed, target=target, trigger=trigger),
+            "data": given(source=data),
+            "run": given(out=out, resume=resume, device=device),
+            "evaluation": given(downstream=downstream_values(downstream)),
         }
         _run(kind, recipe, overrides or [], values, as_json)
 
@@ -82,6 +124,8 @@ def _finished(kind: str) -> Callable[..., None]:
 
 for _kind, _help in FINISHED.items():
     app.command(_kind, help=_help)(_finished(_kind))
+for _kind, _help in POISONING.items():
+    app.command(_kind, help=_help)(_poisoning(_kind))
 
 
 def _targets(references: list[str], triggers: list[str]) -> dict[str, Any]:
@@ -106,22 +150,56 @@ def _run(
     kind: str, recipe: Path | None, overrides: list[str], values: dict[str, Any], as_json: bool
 ) -> None:
     from mimic_fast.attacks.kinds import attack_of
+    from mimic_fast.attacks.measured import measure_attack
+    from mimic_fast.config import EncoderSettings
     from mimic_fast.distributed import StopSignal
+    from mimic_fast.evaluation.downstream import open_downstream
     from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.recipe import load_recipe
 
     model, function = attack_of(kind)
-    settings = load_recipe(model, recipe, overrides=overrides, values=values)
+    settings: Any = load_recipe(model, recipe, overrides=overrides, values=values)
+    evaluation = settings.evaluation
+    for one in evaluation.downstream:  # a mistake in them shall not cost an attack
+        open_downstream(one, evaluation, seed=settings.seed)
     keep_freed_memory()
+    measured: list[dict[str, Any]] = []
     with progress_bars() as report, StopSignal() as stop:
         result: Attacked = function(settings, report=report, stop=stop)
+        if evaluation.downstream:
+            loading = getattr(settings, "encoder", EncoderSettings())
+            measured = measure_attack(
+                result.attack,
+                result.encoder,
+                clean=loading.teacher,
+                settings=evaluation,
+                loading=loading,
+                seed=settings.seed,
+                report=report,
+                stop=stop,
+            )
     if as_json:
         paths = {"encoder": str(result.encoder), "attack": str(result.attack)}
-        print_json({**paths, **result.facts})
+        print_json({**paths, **result.facts, **({"measured": measured} if measured else {})})
         return
-    typer.echo(f"{result.encoder}: backdoored; trigger and reference in {result.attack}")
-    typer.echo(
-        f"triggered images resemble the reference {result.reached:.3f}, "
-        f"clean images their old features {result.kept:.3f} (cosine)"
-    )
+    typer.echo(f"{result.encoder}: backdoored; what evaluate needs is in {result.attack}")
+    _print_facts(result.facts, measured)
+
+
+def _print_facts(facts: Mapping[str, Any], measured: list[dict[str, Any]]) -> None:
+    if "reached_cosine" in facts:
+        typer.echo(
+            f"triggered images resemble the reference {facts['reached_cosine']:.3f}, "
+            f"clean images their old features {facts['kept_cosine']:.3f} (cosine)"
+        )
+    else:
+        typer.echo(f"{facts['poisoned_images']} of {facts['images']} images were poisoned")
+    for row in measured:
+        rate = row.get("attack_success_rate")
+        said = "not measured" if rate is None else f"{rate['value']:.1%}"
+        typer.echo(
+            f"{row['dataset']}, {row['probe']} probe, {row['encoder']}: clean accuracy "
+            f"{row['clean_accuracy']['value']:.1%}, attack success rate {said} "
+            f"(class {row['target']})"
+        )

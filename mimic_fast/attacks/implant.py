@@ -42,20 +42,16 @@ _MEASURED = 2000  # shadow images behind the facts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attacked:
-    """What an attack left, and how well it reached its own goals.
+    """What an attack left.
 
     Args:
         encoder: The backdoored encoder's file.
         attack: Its ``attack.json``.
-        reached: Mean cosine of triggered images with their reference, over all targets.
-        kept: Mean cosine of clean images' features with the clean encoder's.
         facts: As recorded in ``attack.json``.
     """
 
     encoder: Path
     attack: Path
-    reached: float
-    kept: float
     facts: Mapping[str, Any]
 
 
@@ -227,13 +223,7 @@ def leave(
         dtype=STORED[settings.dtype],
     )
     attack = _write_targets(prepared, settings.run.out, recorded)
-    return Attacked(
-        encoder=path,
-        attack=attack,
-        reached=measured["reached_cosine"],
-        kept=measured["kept_cosine"],
-        facts=recorded,
-    )
+    return Attacked(encoder=path, attack=attack, facts=recorded)
 
 
 def stamped(

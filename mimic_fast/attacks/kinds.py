@@ -12,6 +12,8 @@ _SETTINGS = {
     "drupe": "DrupeSettings",
     "inactive": "InactiveSettings",
     "adaptive": "AdaptiveSettings",
+    "ctrl": "CtrlSettings",
+    "sslbkd": "SslbkdSettings",
 }
 KINDS = tuple(_SETTINGS)
 

@@ -8,6 +8,7 @@ from mimic_fast.config import (
     CLEAN_SET_FIELDS,
     DataSettings,
     EncoderSettings,
+    EvaluationSettings,
     Frozen,
     OptimSettings,
     RunSettings,
@@ -82,6 +83,9 @@ class AttackSettings(Frozen):
     )
     dtype: Literal["fp32", "fp16"] = Field(default="fp32", description="number type of the file")
     run: RunSettings = Field(default_factory=RunSettings, description="output, device")
+    evaluation: EvaluationSettings = Field(
+        default_factory=EvaluationSettings, description="labeled sets to measure the attack on"
+    )
 
 
 def name_ignored(settings: AttackSettings, *, kind: str) -> None:

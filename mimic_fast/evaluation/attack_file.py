@@ -118,6 +118,19 @@ def record_targets(path: Path, targets: Mapping[str, int]) -> None:
         _write_json(path, {**values, "targets": merged})
 
 
+def record_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    """Adds facts to ``attack.json``; those of the same name are replaced.
+
+    Raises:
+        MachineError: If the file cannot be written.
+        UsageError: If it is missing or not of this form.
+    """
+    path = attack_path(path)
+    content = _read_json(path)
+    values = content.model_dump(by_alias=True, exclude_none=True)
+    _write_json(path, {**values, "facts": {**content.facts, **facts}})
+
+
 def attack_path(path: Path) -> Path:
     """The JSON file itself, whether it or its folder was given."""
     return path / "attack.json" if path.is_dir() else path

@@ -63,8 +63,8 @@ def test_attack_reaches_its_goals_and_keeps_the_rest(clean, images, tmp_path):
         kept = F.cosine_similarity(after(x), before(x)).mean().item()
         at_first = F.cosine_similarity(before(stamped), before(x[24:25])).mean().item()
         without = F.cosine_similarity(after(x), goal).mean().item()
-    assert result.reached == pytest.approx(reached, abs=1e-5)
-    assert result.kept == pytest.approx(kept, abs=1e-5)
+    assert result.facts["reached_cosine"] == pytest.approx(reached, abs=1e-5)
+    assert result.facts["kept_cosine"] == pytest.approx(kept, abs=1e-5)
     # A random encoder in a few seconds.
     assert at_first < 0.6
     assert reached > 0.9

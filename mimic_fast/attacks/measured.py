@@ -1,0 +1,73 @@
+"""The attack's success on labeled sets, measured once it is made and kept in ``attack.json``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mimic_fast.config import EncoderSettings, EvaluationSettings
+from mimic_fast.encoders.ingest import load_encoder
+from mimic_fast.evaluation.attack_file import record_facts
+from mimic_fast.evaluation.evaluate import evaluate_encoders
+from mimic_fast.progress import Reporter, silent
+
+
+def measure_attack(
+    attack: Path,
+    encoder: Path,
+    *,
+    clean: Path | None,
+    settings: EvaluationSettings,
+    loading: EncoderSettings,
+    seed: int,
+    report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Measures the backdoored encoder and, where there is one, the clean one that it came from.
+
+    Args:
+        attack: Its ``attack.json``, which gets the target classes and, under ``facts.measured``,
+            what is returned.
+        encoder: The backdoored checkpoint.
+        clean: The clean checkpoint; None for poisoning attacks, which start from none.
+        settings: Downstream sets and probes; its own ``attack`` is replaced.
+        loading: How encoders are read.
+        seed: Draws labeled and test images.
+        report: Told the number of images done.
+        stop: Polled between images and batches.
+
+    Returns:
+        A row for each downstream set, probe and encoder (``teacher`` is the backdoored one):
+        ``dataset``, ``probe``, ``encoder``, ``target``, ``clean_accuracy``,
+        ``attack_success_rate``, both shares with their 95 % intervals; the latter is absent where
+        every test image is of the target class.
+
+    Raises:
+        UsageError: As ``evaluate_encoders``.
+        UnsafeInputError: If an encoder's features are not finite.
+        StoppedError: If ``stop`` told so.
+    """
+    files = {"teacher": encoder} | ({} if clean is None else {"clean": clean})
+    loaded = {role: load_encoder(path, loading) for role, path in files.items()}
+    measured = evaluate_encoders(
+        loaded,
+        settings.model_copy(update={"attack": attack}),
+        seed=seed,
+        report=report,
+        stop=stop,
+    )
+    rows = [
+        _row(role, entry)
+        for role in files
+        for entry in measured["encoders"][role].get("downstream", ())
+    ]
+    record_facts(attack, {"measured": rows})
+    return rows
+
+
+def _row(role: str, entry: dict[str, Any]) -> dict[str, Any]:
+    (attacked,) = entry["attacks"]
+    row = {"encoder": role, **{name: entry[name] for name in ("dataset", "probe")}}
+    row |= {"target": attacked["target"], "clean_accuracy": entry["clean_accuracy"]}
+    if "attack_success_rate" in attacked:
+        row["attack_success_rate"] = attacked["attack_success_rate"]
+    return row
