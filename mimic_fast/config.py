@@ -359,11 +359,27 @@ class EvaluationSettings(Frozen):
     clean: Path | None = Field(
         default=None, description="purify: a clean encoder to measure beside, where there is one"
     )
-    probe: tuple[Literal["linear", "knn"], ...] = Field(default=("linear",), description="probes")
+    probe: tuple[Literal["linear", "knn", "mlp", "fine_tune"], ...] = Field(
+        default=("linear",),
+        description="classifiers on frozen features; 'fine_tune' trains the encoder itself too",
+    )
     probe_labels: int | None = Field(
         default=None, ge=2, description="labeled images for fitting; None: all"
     )
     probe_l2: float = Field(default=1e-3, ge=0, description="L2 penalty of the linear probe")
+    mlp_epochs: int = Field(
+        default=50, ge=1, description="passes over the labeled images of the MLP probe"
+    )
+    fine_tune_share: float = Field(
+        default=0.1, gt=0, le=1, description="share of the labeled images for 'fine_tune'"
+    )
+    fine_tune_epochs: int = Field(default=5, ge=1, description="its passes over them")
+    fine_tune_lr: float = Field(default=0.01, gt=0, description="its learning rate (SGD, cosine)")
+    cache: Path | None = Field(
+        default=None,
+        description="folder for features, by the digests of encoder, images and trigger: what was "
+        "computed once is read; None: none",
+    )
     test_images: int | None = Field(default=None, ge=2, description="test images; None: all")
     batch_size: int = Field(default=256, ge=1, description="images per forward")
     curve_every: int | None = Field(

@@ -13,8 +13,8 @@ from mimic_fast.config import DataSettings, EncoderSettings, RunSettings, Settin
 from mimic_fast.data.augment import plain_view
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.evaluation.agreement import agreement
-from mimic_fast.evaluation.downstream import Measurable
 from mimic_fast.evaluation.evaluate import evaluate_encoders
+from mimic_fast.evaluation.feature_cache import Measurable
 from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.mutual_information.locate import mutual_information_json

@@ -13,8 +13,8 @@ from typing import Any
 from mimic_fast.config import EvaluationSettings
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.errors import StoppedError
-from mimic_fast.evaluation.downstream import Measurable
 from mimic_fast.evaluation.evaluate import evaluate_encoders
+from mimic_fast.evaluation.feature_cache import Measurable
 from mimic_fast.files import machine_errors, write_atomic
 
 _IMAGES = 1000  # labeled and test images each, at most
@@ -45,6 +45,7 @@ class Curve:
         share = {
             "downstream": settings.downstream[:1],
             "probe": ("linear",),
+            "cache": None,  # every snapshot is measured once
             "probe_labels": min(settings.probe_labels or _IMAGES, _IMAGES),
             "test_images": min(settings.test_images or _IMAGES, _IMAGES),
         }

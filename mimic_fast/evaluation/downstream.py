@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, runtime_checkable
+from pathlib import Path
 
 import torch
 from jaxtyping import Int64
@@ -18,29 +18,13 @@ from torch import Tensor
 from mimic_fast.config import DownstreamSettings, EvaluationSettings
 from mimic_fast.data.images import load_images
 from mimic_fast.data.sources import Source, open_source
-from mimic_fast.encoders.build import Encoder
 from mimic_fast.errors import UsageError
-from mimic_fast.evaluation.features import encode
+from mimic_fast.evaluation.feature_cache import Measurable, cached_features
 from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.watch import leave_if
 
 _BLOCK = 1024  # images decoded at a time: 154 MB at 224x224
-
-
-@runtime_checkable
-class Measurable(Protocol):
-    """An encoder and the digest of the file it came from; ``ingest.LoadedEncoder`` is one."""
-
-    @property
-    def encoder(self) -> Encoder:
-        """Maps images in [0, 1] to features."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Of the checkpoint file."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,14 +136,25 @@ def encode_split(
     *,
     trigger: Trigger | None,
     batch_size: int,
+    cache: Path | None = None,
     report: Reporter = silent,
     stop: Callable[[], bool] = lambda: False,
 ) -> EncodedSplit:
     """Features of a split under every encoder, clean and (with a trigger) triggered.
 
+    Args:
+        split: Which images.
+        encoders: By role.
+        trigger: Stamped on a second copy of every image.
+        batch_size: Images per forward.
+        cache: Folder of features computed before; see ``feature_cache``.
+        report: Told the number of images done and what was left out.
+        stop: Polled at every image and batch.
+
     Raises:
         UnsafeInputError: If no image can be read or an encoder gives features that are not finite.
-        StoppedError: If ``stop`` told so, polled at every image and batch.
+        MachineError: If the cache cannot be written.
+        StoppedError: If ``stop`` told so.
     """
     clean: dict[str, list[Tensor]] = {role: [] for role in encoders}
     triggered: dict[str, list[Tensor]] = {role: [] for role in encoders}
@@ -170,8 +165,10 @@ def encode_split(
         kept.append(readable)
         for role, loaded in encoders.items():
             images = blocks[_input_size(loaded)]
-            features_of = partial(encode, loaded.encoder, images, batch_size=batch_size, stop=stop)
-            clean[role].append(features_of())
+            features_of = partial(
+                cached_features, cache, loaded, images, batch_size=batch_size, stop=stop
+            )
+            clean[role].append(features_of(trigger=None))
             if trigger is not None:
                 triggered[role].append(features_of(trigger=trigger))
         done += len(positions)

@@ -1,9 +1,10 @@
 """Step D where labels are at hand: clean accuracy, ASR and RA of every encoder, on the same images.
 
-For one downstream set and one probe fitted on frozen features: clean accuracy is the probe's top-1;
-ASR the share of triggered images *not of the target class* that it calls the target (the demo
-counts those of the target class too: ``attack_success_rate_all``); RA the share of the former still
-given their true class. The target is fixed once on the teacher and kept for every encoder.
+For one downstream set and one probe fitted on frozen features (or the encoder fine-tuned): clean
+accuracy is the probe's top-1; ASR the share of triggered images *not of the target class* that it
+calls the target (the demo counts those of the target class too: ``attack_success_rate_all``); RA
+the share of the former still given their true class. The target is fixed once on the teacher and
+kept for every encoder.
 """
 
 import warnings
@@ -21,12 +22,14 @@ from mimic_fast.evaluation.attack_file import Attack, read_attack, record_target
 from mimic_fast.evaluation.downstream import (
     DownstreamSet,
     EncodedSplit,
-    Measurable,
     encode_split,
     open_downstream,
 )
+from mimic_fast.evaluation.feature_cache import Measurable
 from mimic_fast.evaluation.features import encode
-from mimic_fast.evaluation.probes import KnnProbe, LinearProbe, fit_knn_probe, fit_linear_probe
+from mimic_fast.evaluation.fine_tuning import fine_tuned
+from mimic_fast.evaluation.mlp_probe import fit_mlp_probe
+from mimic_fast.evaluation.probes import Probe, fit_knn_probe, fit_linear_probe
 from mimic_fast.evaluation.scores import (
     Score,
     Stamped,
@@ -37,7 +40,9 @@ from mimic_fast.evaluation.scores import (
 from mimic_fast.progress import Reporter, silent
 from mimic_fast.watch import leave_if
 
-Probes = Mapping[tuple[str, str], LinearProbe | KnnProbe]  # by role and probe name
+Probes = Mapping[tuple[str, str], Probe]  # by role and probe name
+
+_FINE_TUNE = "fine_tune"
 
 
 def evaluate_encoders(
@@ -83,7 +88,7 @@ def evaluate_encoders(
     targets: dict[str, int] = {}
     for downstream in settings.downstream:
         data = open_downstream(downstream, settings, seed=seed)
-        scores, facts = _measure(data, encoders, attack, settings, report, stop)
+        scores, facts = _measure(data, encoders, attack, settings, seed, report, stop)
         _add(result, scores, facts)
         targets |= {score.dataset: score.stamped.target for score in scores if score.stamped}
     if settings.attack is not None and targets:
@@ -96,27 +101,47 @@ def _measure(
     encoders: Mapping[str, Measurable],
     attack: Attack | None,
     settings: EvaluationSettings,
+    seed: int,
     report: Reporter,
     stop: Callable[[], bool],
 ) -> tuple[list[Score], dict[str, Any]]:
     """Scores of every encoder and probe, and the facts about the set for ``datasets``."""
-    size = settings.batch_size
     trigger = None if attack is None else attack.trigger
-    encoded = partial(encode_split, encoders=encoders, batch_size=size, report=report, stop=stop)
-    train = encoded(data.train, trigger=None)
+    encoded = partial(
+        encode_split,
+        batch_size=settings.batch_size,
+        cache=settings.cache,
+        report=report,
+        stop=stop,
+    )
+    train = encoded(data.train, encoders, trigger=None)
     probes = {
-        (role, name): _fit(name, train.clean[role], train.labels, data.num_classes, settings, stop)
+        (role, name): _fit(
+            name, train.clean[role], train.labels, data.num_classes, settings, seed, stop
+        )
         for role in encoders
         for name in settings.probe
+        if name != _FINE_TUNE
     }
     target = None
     if attack is not None:
-        target = _target(data, train, encoders, attack, probes, settings, stop)
-    test = encoded(data.test, trigger=trigger)
+        target = _target(data, train, encoders, attack, probes, settings, seed, stop)
+    test = encoded(data.test, encoders, trigger=trigger)
     scores: list[Score] = []
-    for key, probe in probes.items():
+    for (role, name), probe in probes.items():
         leave_if(stop)
-        scores.append(_score(data.name, key, probe, test, attack, target))
+        triggered = None if trigger is None else probe.predict(test.triggered[role])
+        predicted = probe.predict(test.clean[role]), triggered
+        scores.append(_score(data, role, name, probe.train_images, test, predicted, attack, target))
+    if _FINE_TUNE in settings.probe:
+        for role, loaded in encoders.items():
+            tuned = fine_tuned(loaded.encoder, data, settings, seed=seed, report=report, stop=stop)
+            split = encoded(data.test, {role: tuned}, trigger=trigger)
+            triggered = None if trigger is None else split.triggered[role].argmax(1)
+            predicted = split.clean[role].argmax(1), triggered
+            scores.append(
+                _score(data, role, _FINE_TUNE, tuned.train_images, split, predicted, attack, target)
+            )
     facts = {
         "name": data.name,
         "train": data.train.source.name,
@@ -136,36 +161,46 @@ def _fit(
     labels: Tensor,
     num_classes: int,
     settings: EvaluationSettings,
+    seed: int,
     stop: Callable[[], bool],
-) -> LinearProbe | KnnProbe:
+) -> Probe:
     if name == "linear":
         return fit_linear_probe(
             features, labels, num_classes=num_classes, l2=settings.probe_l2, stop=stop
+        )
+    if name == "mlp":
+        return fit_mlp_probe(
+            features,
+            labels,
+            num_classes=num_classes,
+            epochs=settings.mlp_epochs,
+            seed=seed,
+            stop=stop,
         )
     return fit_knn_probe(features, labels, num_classes=num_classes)
 
 
 def _score(
-    dataset: str,
-    key: tuple[str, str],
-    probe: LinearProbe | KnnProbe,
+    data: DownstreamSet,
+    role: str,
+    probe: str,
+    train_images: int,
     test: EncodedSplit,
+    predicted: tuple[Tensor, Tensor | None],
     attack: Attack | None,
     target: int | None,
 ) -> Score:
-    role, name = key
-    stamped = None
-    if attack is not None and target is not None:
-        predicted = probe.predict(test.triggered[role])
-        stamped = Stamped(trigger=attack.trigger.name, target=target, predicted=predicted)
+    stamped, (clean, triggered) = None, predicted
+    if attack is not None and target is not None and triggered is not None:
+        stamped = Stamped(trigger=attack.trigger.name, target=target, predicted=triggered)
     return Score(
-        dataset=dataset,
+        dataset=data.name,
         role=role,
-        probe=name,
-        train_images=probe.train_images,
+        probe=probe,
+        train_images=train_images,
         indices=test.indices,
         labels=test.labels,
-        predicted=probe.predict(test.clean[role]),
+        predicted=clean,
         stamped=stamped,
     )
 
@@ -177,6 +212,7 @@ def _target(
     attack: Attack,
     probes: Probes,
     settings: EvaluationSettings,
+    seed: int,
     stop: Callable[[], bool],
 ) -> int:
     """The attack's class on this set: as recorded, else as the teacher's linear probe says."""
@@ -189,7 +225,7 @@ def _target(
         )
     teacher = encoders["teacher"]
     probe = probes.get(("teacher", "linear")) or _fit(
-        "linear", train.clean["teacher"], train.labels, data.num_classes, settings, stop
+        "linear", train.clean["teacher"], train.labels, data.num_classes, settings, seed, stop
     )
     if attack.reference is not None:
         spec = teacher.encoder.spec
@@ -197,9 +233,13 @@ def _target(
         features = encode(teacher.encoder, resized(image, spec.image_size)[None])
     else:  # a poisoning attack: the class that most triggered training images go to
         only_teacher = {"teacher": teacher}
-        size = settings.batch_size
         split = encode_split(
-            data.train, only_teacher, trigger=attack.trigger, batch_size=size, stop=stop
+            data.train,
+            only_teacher,
+            trigger=attack.trigger,
+            batch_size=settings.batch_size,
+            cache=settings.cache,
+            stop=stop,
         )
         features = split.triggered["teacher"]
     return int(probe.predict(features).mode().values)

@@ -47,7 +47,9 @@ def test_inactive_trigger_is_small_and_what_the_facts_say(values, pictures):
     assert result.facts["psnr_db"] > 30
     assert result.facts["largest_change"] <= 8 / 255 + 1e-6
     assert -1 <= result.facts["augmented_cosine"] <= 1
-    assert reached(result, pictures).item() == pytest.approx(result.facts["reached_cosine"], abs=1e-4)
+    assert reached(result, pictures).item() == pytest.approx(
+        result.facts["reached_cosine"], abs=1e-4
+    )
     assert result.facts["reached_cosine"] > result.facts["untriggered_cosine"] + 0.02
 
 
@@ -69,7 +71,9 @@ def test_adaptive_trigger_stays_in_its_place(values, pictures):
     assert attack.trigger.pattern.max() <= 1
     assert -1 <= result.facts["stand_in_cosine"] <= 1
     # Facts are of the 38 images that were not held out, these are of all.
-    assert reached(result, pictures).item() == pytest.approx(result.facts["reached_cosine"], abs=0.05)
+    assert reached(result, pictures).item() == pytest.approx(
+        result.facts["reached_cosine"], abs=0.05
+    )
     assert result.facts["reached_cosine"] > result.facts["untriggered_cosine"]
 
 

@@ -137,3 +137,21 @@ def test_labels_out_of_range_are_refused(labels):
 def test_no_images_are_refused():
     with pytest.raises(UsageError, match="got none"):
         fit_linear_probe(torch.rand(0, 2), torch.zeros(0, dtype=torch.int64), num_classes=2, l2=0.0)
+
+
+def test_linear_probe_finds_the_minimum_where_features_are_nearly_one():
+    """Strong correlation makes plain descent slow; wider than images makes it singular."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(200) % 4
+    common = torch.randn(200, 1, generator=generator)
+    for width, l2 in ((30, 1e-3), (30, 1e-6), (300, 1e-3)):
+        own = torch.randn(200, width, generator=generator) + labels[:, None] * 0.1
+        features = common * 50 + own
+
+        probe = fit_linear_probe(features, labels, num_classes=4, l2=l2)
+
+        x = (features.double() - probe.mean) / probe.scale
+        weight = probe.weight.clone().requires_grad_()
+        loss = F.cross_entropy(x @ weight.T + probe.bias, labels) + l2 / 2 * weight.pow(2).sum()
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert float(gradient.abs().max()) < 3e-6
