@@ -68,6 +68,9 @@ class Score:
 def downstream_entry(score: Score, scores: Sequence[Score]) -> dict[str, Any]:
     """One row of ``encoders.ROLE.downstream``.
 
+    Of an attack ``base_rate`` is the share of the same images that are called the target without
+    the trigger: what an ASR must exceed to mean anything.
+
     Args:
         score: The encoder and probe.
         scores: All scores of this set, for fidelity.
@@ -142,6 +145,7 @@ def _attack_entry(score: Score, stamped: Stamped, scores: Sequence[Score]) -> di
         rate = share_of(stamped.predicted[victims] == stamped.target)
         robust = share_of(stamped.predicted[victims] == score.labels[victims])
         entry["attack_success_rate"] = measure_json(rate)
+        entry["base_rate"] = measure_json(share_of(score.predicted[victims] == stamped.target))
         entry["robust_accuracy"] = measure_json(robust)
         entry.update(_fidelity_entry(score, rate, scores))
     entry["attack_success_rate_all"] = measure_json(share_of(stamped.predicted == stamped.target))

@@ -52,6 +52,7 @@ def test_rates_count_what_their_names_say(scores):
     assert (entry["dataset"], entry["probe"], entry["probe_train_images"]) == ("toy", "linear", 20)
     assert (entry["clean_accuracy"]["value"], entry["clean_accuracy"]["n"]) == (6 / 8, 8)
     assert (attack["trigger"], attack["target"]) == ("patch", 2)
+    assert attack["base_rate"]["value"] == 0 / 4
     # of the four images not of class 2 one is called 2, and two are called what they are
     assert attack["attack_success_rate"]["value"] == 1 / 4
     assert attack["attack_success_rate"]["n"] == 4
