@@ -77,7 +77,7 @@ core: venv
 
 all: venv
 	$(call install,.[all$(,)dev],all,mimic_fast pytest pytest-timeout hypothesis beartype ruff basedpyright \
-	  fast-histogram scikit-learn scikit-video scipy statsmodels playwright)
+	  fast-histogram scikit-learn scikit-video scipy statsmodels playwright onnx)
 
 # One that was only half made, or whose Python is gone, is made again; never one that is not ours.
 venv:
