@@ -16,6 +16,7 @@ from mimic_fast.errors import MachineError, MimicError, StoppedError, UsageError
 from mimic_fast.launch.arguments import launched_processes
 from mimic_fast.launch.commands import attack, bench, config, data
 from mimic_fast.launch.commands.aot import aot
+from mimic_fast.launch.commands.compare import compare
 from mimic_fast.launch.commands.demo import demo
 from mimic_fast.launch.commands.doctor import doctor
 from mimic_fast.launch.commands.evaluate import evaluate
@@ -44,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, purify, locate, evaluate, scan):
+for command in (demo, purify, locate, evaluate, scan, compare):
     app.command()(command)
 app.add_typer(attack.app, name="attack")
 for command in (pretrain, inspect, frames, slurm, aot):

@@ -1,0 +1,1 @@
+"""Attacks x defenses x seeds from one matrix."""
