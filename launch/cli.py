@@ -16,7 +16,7 @@ from mimic_fast.errors import MachineError, MimicError, StoppedError, UsageError
 from mimic_fast.launch.arguments import launched_processes
 from mimic_fast.launch.commands import attack, bench, config, data
 from mimic_fast.launch.commands.aot import aot
-from mimic_fast.launch.commands.compare import compare
+from mimic_fast.launch.commands.compare import cell, compare
 from mimic_fast.launch.commands.demo import demo
 from mimic_fast.launch.commands.doctor import doctor
 from mimic_fast.launch.commands.evaluate import evaluate
@@ -48,6 +48,7 @@ app = typer.Typer(
 for command in (demo, purify, locate, evaluate, scan, compare):
     app.command()(command)
 app.add_typer(attack.app, name="attack")
+app.command(hidden=True)(cell)
 for command in (pretrain, inspect, frames, slurm, aot):
     app.command()(command)
 for command in (doctor, plan, replay):

@@ -16,6 +16,8 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
+from mimic_fast.attacks.kinds import attack_of
+from mimic_fast.comparison.settings import MatrixSettings
 from mimic_fast.config import Frozen, Settings
 from mimic_fast.evaluation.attack_file import read_attack
 from mimic_fast.launch.cli import app
@@ -82,11 +84,18 @@ def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     return " ".join(names), command.make_context(names[-1], rest).params
 
 
+def recipe_of(params: dict[str, Any]) -> Path | None:
+    """The TOML file of a command line."""
+    return params.get("recipe") or params.get("matrix")
+
+
 def settings_model(command: str) -> type[Frozen]:
     if command.startswith("pretrain"):
         return importlib.import_module("mimic_fast.pretraining").PretrainSettings
-    if command.startswith("attack badencoder"):
-        return importlib.import_module("mimic_fast.attacks.badencoder").BadEncoderSettings
+    if command.startswith("attack "):
+        return attack_of(command.removeprefix("attack "))[0]
+    if command == "compare":
+        return MatrixSettings
     return Settings
 
 
@@ -105,7 +114,7 @@ def has_setting(model: type[BaseModel], path: str) -> bool:
 def test_documented_command_line_parses_and_its_settings_are_valid(arguments):
     command, params = parsed(arguments)
 
-    recipe = params.get("recipe")
+    recipe = recipe_of(params)
     if recipe is not None and recipe.parent != Path():
         assert (ROOT / recipe).is_file()
     if command == "config validate" or "overrides" not in params:
@@ -226,14 +235,17 @@ def test_recipe_is_valid_for_the_command_its_header_names(recipe):
     if command == "demo":
         assert load_settings(recipe)
     else:
-        assert ROOT / params["recipe"] == recipe
+        assert ROOT / (recipe_of(params) or "") == recipe
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_recipes_shown_are_valid(page, tmp_path):
     for text in fences(page, "toml"):
         (tmp_path / "recipe.toml").write_text(text)
-        load_settings(tmp_path / "recipe.toml")
+        if page.name == "compare.md":
+            load_recipe(MatrixSettings, tmp_path / "recipe.toml")
+        else:
+            load_settings(tmp_path / "recipe.toml")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

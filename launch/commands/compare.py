@@ -58,3 +58,21 @@ def compare(
     if result.failed:
         name, reason = next(iter(result.failed.items()))
         raise CellsFailedError(f"{len(result.failed)} cells failed, the first {name}: {reason}")
+
+
+def cell(
+    task: Annotated[Path, typer.Argument(metavar="TASK", help="What compare wrote for it.")],
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of PyTorch.")] = None,
+) -> None:
+    """Run one cell of a comparison; compare starts it."""
+    import torch
+
+    from mimic_fast.comparison.cell import read_task, run_cell
+    from mimic_fast.distributed import StopSignal
+    from mimic_fast.launch.memory import keep_freed_memory
+
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with StopSignal() as stop:
+        run_cell(read_task(task), stop=stop)

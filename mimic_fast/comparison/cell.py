@@ -1,11 +1,6 @@
-"""One cell in a process of its own: defend, measure, write ``cell.json``.
-
-``python -m mimic_fast.comparison.cell TASK`` with the file that :func:`write_task` leaves; what
-goes wrong is one line on standard error and the exit code of the command line.
-"""
+"""One cell, which runs in a process of its own: defend, measure, write ``cell.json``."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +10,8 @@ from mimic_fast.comparison.cells import Cell
 from mimic_fast.comparison.defenses import Call, defense_of
 from mimic_fast.comparison.figures import cell_rows
 from mimic_fast.config import Settings
-from mimic_fast.distributed import StopSignal
 from mimic_fast.encoders.ingest import load_encoder
-from mimic_fast.errors import MimicError, StoppedError
+from mimic_fast.errors import StoppedError
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.feature_cache import Measurable
 from mimic_fast.files import write_atomic
@@ -120,18 +114,3 @@ class _Clock:
         """For the process that goes on."""
         cpu, seconds = self.spent()
         write_atomic(self._path, json.dumps({"cpu": cpu, "seconds": seconds}).encode())
-
-
-def main() -> int:
-    """Runs the cell of the command line's task file."""
-    try:
-        with StopSignal() as stop:
-            run_cell(read_task(Path(sys.argv[1])), stop=stop)
-    except MimicError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,5 @@
 """Runs what is missing of a matrix, some cells at a time, each in a process of its own."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -186,13 +185,12 @@ def _run_all(
 
 
 def _start(cell: Cell, *, alone: bool) -> _Running:
-    task = write_task(cell)
-    threads = {} if alone else {"OMP_NUM_THREADS": "1"}
+    threads = [] if alone else ["--threads", "1"]
+    command = [sys.executable, "-m", "mimic_fast", "cell", str(write_task(cell)), *threads]
     log = cell.folder / "log.txt"
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mimic_fast.comparison.cell", str(task)],
-            env={**os.environ, **threads},
+            command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
