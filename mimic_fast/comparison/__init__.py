@@ -1,1 +1,1 @@
-"""Attacks x defenses x seeds: every cell in a process of its own, resumable, in one table."""
+"""Attacks x defenses x seeds from one matrix."""

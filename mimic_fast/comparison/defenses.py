@@ -1,166 +1,85 @@
-"""The defenses that can stand in a matrix.
+"""The defenses that can be compared, by kind: from settings to the encoder that comes out."""
 
-A further one is one file with its function and settings, usually in ``baselines/``, and one entry
-here. ``run`` imports what it needs when it is called: a mistake in a matrix shows at once.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-from mimic_fast.config import EncoderSettings, Frozen, Settings
+from mimic_fast.config import Settings
 from mimic_fast.errors import UsageError
 from mimic_fast.progress import Reporter
-from mimic_fast.recipe import load_settings, validated
-
-Stop = Callable[[], bool]
-
-# Settings that the matrix itself decides, or that make no sense in one cell.
-_OF_THE_MATRIX = ("seed", "encoder", "evaluation")
-_OF_THE_CELL = ("out", "resume", "engine", "deepspeed")
-
-
-class Prepare(Protocol):
-    """Makes effective settings, every default filled in, of the keys a matrix has."""
-
-    def __call__(
-        self,
-        keys: Mapping[str, Any],
-        *,
-        data: Mapping[str, Any],
-        encoder: EncoderSettings,
-        seed: int,
-    ) -> Frozen:
-        """Settings of one seed.
-
-        Args:
-            keys: What the matrix says of this defense, without ``kind``.
-            data: What the matrix says of the clean images, no defaults.
-            encoder: How the attacks' encoders are read; no file.
-            seed: Seeds everything.
-
-        Raises:
-            UsageError: If a key is unknown or a value not valid.
-        """
-        ...
-
-
-class Run(Protocol):
-    """Runs a defense on one encoder."""
-
-    def __call__(
-        self, settings: Any, teacher: Path, *, out: Path, report: Reporter, stop: Stop
-    ) -> Path:
-        """Returns the purified encoder's file.
-
-        Args:
-            settings: What ``prepare`` made.
-            teacher: Checkpoint of the backdoored encoder.
-            out: Folder for all it writes; what an interrupted call has left there is gone on with.
-            report: Told of progress.
-            stop: Polled; true saves the state and leaves.
-
-        Raises:
-            StoppedError: If ``stop`` told so.
-        """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Defense:
-    """One kind of defense.
+class Call:
+    """What a defense is given.
 
     Args:
-        model: Of its settings.
-        prepare: Keys of a matrix to settings.
-        run: Encoder to purified encoder.
-        reads_data: Whether the clean images decide its result.
-        form: Part of a cell's digest; raise it when another default or another computation gives
-            other results under the same settings.
+        settings: A purification's: teacher, clean images, optimizer, ``run.out`` for all it writes.
+        clean: The clean encoder of the attack, where there is one; only the reference uses it.
+        report: Told of progress.
+        stop: Polled; true saves and leaves with ``StoppedError``.
     """
 
-    model: type[Frozen]
-    prepare: Prepare
-    run: Run
-    reads_data: bool = True
-    form: int = 1
+    settings: Settings
+    clean: Path | None
+    report: Reporter
+    stop: Callable[[], bool]
 
 
-class NoSettings(Frozen):
-    """A defense without settings."""
+def none(call: Call) -> Path:
+    """The suspect encoder as it is."""
+    assert call.settings.encoder.teacher is not None
+    return call.settings.encoder.teacher
 
 
-def _nothing(
-    keys: Mapping[str, Any],
-    *,
-    data: Mapping[str, Any],
-    encoder: EncoderSettings,
-    seed: int,
-) -> NoSettings:
-    if keys:
-        raise UsageError(f"kind 'none' has no settings, got '{next(iter(keys))}'")
-    return validated(NoSettings, keys)
+def clean(call: Call) -> Path:
+    """The encoder without the backdoor: what no defense can beat, and the chance rate of the ASR.
+
+    Raises:
+        UsageError: If the attack names none.
+    """
+    if call.clean is None:
+        raise UsageError("defense kind 'clean' needs attacks.NAME.clean, the clean encoder")
+    return call.clean
 
 
-def _as_purification(
-    keys: Mapping[str, Any],
-    *,
-    data: Mapping[str, Any],
-    encoder: EncoderSettings,
-    seed: int,
-) -> Settings:
-    """A recipe of ``mimic-fast purify``; the matrix's data section ranks below the defense's."""
-    run = keys.get("run")
-    misplaced = [name for name in _OF_THE_MATRIX if name in keys]
-    if isinstance(run, Mapping):
-        misplaced += [f"run.{name}" for name in _OF_THE_CELL if name in run]
-    if misplaced:
-        raise UsageError(f"'{misplaced[0]}' has no place in a defense; leave it to the matrix")
-    own = keys.get("data", {})
-    merged = {**data, **own} if isinstance(own, Mapping) else own
-    values = {**keys, "seed": seed, "data": merged, "encoder": encoder.model_dump()}
-    return load_settings(values=values)
+def purify(call: Call) -> Path:
+    """The purification of this package, with any preset and settings."""
+    from mimic_fast.distil import purify as run
+
+    return run(call.settings, world=1, report=call.report, stop=call.stop).encoder
 
 
-def _none(settings: NoSettings, teacher: Path, *, out: Path, report: Reporter, stop: Stop) -> Path:
-    return teacher
-
-
-def _purify(settings: Settings, teacher: Path, *, out: Path, report: Reporter, stop: Stop) -> Path:
-    from mimic_fast.distil import purify
-
-    return purify(_placed(settings, teacher, out), report=report, stop=stop).encoder
-
-
-def _student_only(
-    settings: Settings, teacher: Path, *, out: Path, report: Reporter, stop: Stop
-) -> Path:
-    from mimic_fast.baselines.student_only import student_only
+def student_only(call: Call) -> Path:
+    """The floor: a random student trained contrastively on the clean images alone."""
+    from mimic_fast.baselines.student_only import student_only as train
     from mimic_fast.data.clean_set import clean_images
     from mimic_fast.encoders.ingest import load_encoder
 
-    settings = _placed(settings, teacher, out)
-    spec = load_encoder(teacher, settings.encoder).encoder.spec
-    images = clean_images(settings.data, spec, seed=settings.seed, report=report)
+    settings = call.settings
+    assert settings.encoder.teacher is not None
+    spec = load_encoder(settings.encoder.teacher, settings.encoder).encoder.spec
+    images = clean_images(settings.data, spec, seed=settings.seed, report=call.report)
     pool = images.squares[: len(images.squares) - images.clean_set.hold_out]
-    floor = student_only(spec, pool, settings=settings, report=report, stop=stop)
-    assert floor.path is not None
-    return floor.path
+    path = train(spec, pool, settings=settings, report=call.report, stop=call.stop).path
+    assert path is not None
+    return path
 
 
-def _placed(settings: Settings, teacher: Path, out: Path) -> Settings:
-    """The settings with the encoder and folder of one cell; an earlier start is gone on with."""
-    return settings.model_copy(
-        update={
-            "encoder": settings.encoder.model_copy(update={"teacher": teacher}),
-            "run": settings.run.model_copy(update={"out": out, "resume": "auto"}),
-        }
-    )
-
-
-DEFENSES: Mapping[str, Defense] = {
-    "none": Defense(model=NoSettings, prepare=_nothing, run=_none, reads_data=False),
-    "purify": Defense(model=Settings, prepare=_as_purification, run=_purify),
-    "student_only": Defense(model=Settings, prepare=_as_purification, run=_student_only),
+DEFENSES: dict[str, Callable[[Call], Path]] = {
+    "none": none,
+    "clean": clean,
+    "purify": purify,
+    "student_only": student_only,
 }
+
+
+def defense_of(kind: str) -> Callable[[Call], Path]:
+    """The function of a kind.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    if kind not in DEFENSES:
+        raise UsageError(f"there is no defense of kind {kind!r}; there are {', '.join(DEFENSES)}")
+    return DEFENSES[kind]
