@@ -20,7 +20,13 @@ class Kind(StrEnum):
 
     PURIFY = "purify"
     PRETRAIN = "pretrain"
+    COMPARE = "compare"
     BADENCODER = "badencoder"
+    DRUPE = "drupe"
+    INACTIVE = "inactive"
+    ADAPTIVE = "adaptive"
+    CTRL = "ctrl"
+    SSLBKD = "sslbkd"
 
 
 KindOption = Annotated[Kind, typer.Option("--for", help="The command whose settings are meant.")]
@@ -75,10 +81,14 @@ def _model(kind: Kind) -> "type[Frozen]":
         from mimic_fast.pretraining import PretrainSettings
 
         return PretrainSettings
-    if kind is Kind.BADENCODER:
-        from mimic_fast.attacks.badencoder import BadEncoderSettings
+    if kind is Kind.COMPARE:
+        from mimic_fast.comparison.settings import MatrixSettings
 
-        return BadEncoderSettings
+        return MatrixSettings
+    if kind is not Kind.PURIFY:
+        from mimic_fast.attacks.kinds import attack_of
+
+        return attack_of(kind.value)[0]
     from mimic_fast.config import Settings
 
     return Settings

@@ -6,7 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mimic_fast.attacks.kinds import KINDS
 from mimic_fast.launch.cli import _machine_is_at_fault, app
+from mimic_fast.launch.commands.config import Kind
 from mimic_fast.version import VERSION
 
 
@@ -108,12 +110,17 @@ def test_config_schema_describes_the_settings(kind):
 
 def test_every_recipe_is_valid():
     recipes = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.toml"))
-    kinds = {"pretrain": "pretrain", "badencoder": "badencoder"}
 
     assert recipes
     for recipe in recipes:
-        kind = kinds.get(recipe.stem.rpartition("_")[2], "purify")
+        named = [kind for kind in Kind if kind.value in recipe.stem.split("_")]
+        (kind,) = named or [Kind.PURIFY]
         assert "valid" in invoke("config", "validate", "--for", kind, str(recipe))
+
+
+def test_every_attack_has_a_description_of_its_settings():
+    for kind in KINDS:
+        assert '"trigger"' in invoke("config", "schema", "--for", kind)
 
 
 def test_memory_that_ran_out_is_the_machines_fault():
