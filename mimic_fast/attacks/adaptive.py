@@ -7,9 +7,9 @@ stand-in student that is distilled on held-out clean images while the encoder is
 
 * the trigger's content is optimized, within its mask, to move clean encoder and stand-in toward the
   reference: what an encoder shares with its imitation, another imitation will share;
-* ``survive``: after one unrolled step of the stand-in's distillation, triggered images reach the
-  reference in the stand-in; the gradient tells the encoder what to answer on clean images (first
-  order: the weights before that step are constants);
+* ``survive``: after one unrolled step of the stand-in's distillation, triggered images head for the
+  reference in the stand-in, seen from the plain images' mean; the gradient tells the encoder what
+  to answer on clean images (first order: the weights before that step are constants);
 * ``attention``: at every tap triggered images get the reference's attention map, so that attention
   transfer carries the backdoor along.
 
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -34,7 +33,6 @@ from mimic_fast.attacks.implant import (
     Prepared,
     Stop,
     go_on,
-    goal_of,
     implant,
     leave,
     leave_attack_if,
@@ -45,10 +43,12 @@ from mimic_fast.attacks.stand_in import (
     StandIn,
     clean_views,
     distil_once,
+    heading,
+    heading_after_step,
     new_stand_in,
-    reach_after_step,
 )
 from mimic_fast.data.augment import plain_view
+from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.taps import TappedEncoder, attention_free_taps, default_taps
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.features import encode
@@ -76,7 +76,7 @@ class AdaptiveSettings(AttackSettings):
         default=0.05, gt=0, description="a step of the trigger, pixel values of [0, 1]"
     )
     refine_lr: float = Field(
-        default=0.01, ge=0, description="the same while the encoder is trained; 0: no change"
+        default=0.005, ge=0, description="the same while the encoder is trained; 0: no change"
     )
     held_out: float = Field(
         default=0.2, gt=0, le=0.5, description="share of the shadow images for the stand-in"
@@ -86,14 +86,14 @@ class AdaptiveSettings(AttackSettings):
     )
     stand_in_lr: float = Field(default=3e-3, gt=0, description="its learning rate (AdamW)")
     survive_weight: float = Field(
-        default=1.0, ge=0, description="weight of reaching the target in the stand-in"
+        default=0.5, ge=0, description="weight of heading for the target in the stand-in"
     )
     survive_images: int = Field(
         default=32, ge=2, description="images in an unrolled step, and triggered ones after it"
     )
     unroll_lr: float = Field(default=0.5, gt=0, description="step size of the unrolled step")
     attention: float = Field(
-        default=0.5, ge=0, description="weight of the attention maps, mean over taps"
+        default=0.2, ge=0, description="weight of the attention maps, mean over taps"
     )
 
 
@@ -102,8 +102,8 @@ def adaptive(
 ) -> Attacked:
     """Implants a backdoor made to survive distillation; writes encoder, card and ``attack.json``.
 
-    The facts add ``stand_in_cosine``: how well triggered images reach the reference in the
-    stand-in, which never saw one.
+    The facts add ``stand_in_heading``: the cosine between triggered images' way from the plain mean
+    and the reference's, in the stand-in, which never saw one.
 
     Raises:
         UsageError, UnsafeInputError, DivergedError, StoppedError: As :func:`badencoder` does.
@@ -173,7 +173,9 @@ def _optimize_trigger(
     """Lets the trigger move the clean encoder and the stand-in toward the reference."""
     aim = prepared.aims[0]
     encoders = (prepared.clean.encoder, stand_in.student.eval())
-    goals = [goal_of(encode(one, aim.references)).to(prepared.device) for one in encoders]
+    some = prepared.images[:_MEASURED]
+    plain = [encode(one, some).to(prepared.device) for one in encoders]
+    goals = [_mean_feature(one, aim.references).to(prepared.device) for one in encoders]
     generator = torch.Generator().manual_seed(settings.seed)
     size, total = settings.optim.batch_size, settings.trigger_steps
     for step in range(total):
@@ -181,15 +183,15 @@ def _optimize_trigger(
         ids = torch.randint(len(prepared.images), (size,), generator=generator)
         images = plain_view(prepared.images[ids], image_size=prepared.student.spec.image_size)
         seen = apply_trigger(images.to(prepared.device), aim.trigger)
-        cosines = [
-            F.cosine_similarity(one(seen), goal).mean()
-            for one, goal in zip(encoders, goals, strict=True)
+        headings = [
+            heading(one(seen), still, goal)
+            for one, still, goal in zip(encoders, plain, goals, strict=True)
         ]
-        loss = -torch.stack(cosines).mean()
+        loss = -torch.stack(headings).mean()
         (gradient,) = torch.autograd.grad(loss, aim.trigger.pattern)
         rate = settings.trigger_lr * (1 - step / total)
         _move(aim.trigger, gradient, step=rate, bound=settings.bound)
-        metrics = {"encoder": cosines[0].item(), "stand_in": cosines[1].item()}
+        metrics = {"encoder": headings[0].item(), "stand_in": headings[1].item()}
         report(Event(phase="trigger", done=step + 1, total=total, unit="steps", metrics=metrics))
     stand_in.student.train()
 
@@ -206,17 +208,16 @@ def _losses(prepared: Prepared, stand_in: StandIn, settings: AdaptiveSettings) -
         terms: dict[str, Tensor] = {}
         if settings.survive_weight > 0:
             views = clean_views(stand_in, step=_APART + batch.step, count=size).to(seen)
-            with torch.no_grad():
-                goal = goal_of(student(references))
-            reach = reach_after_step(
+            reached = heading_after_step(
                 stand_in.student,
                 student(views),
                 views=views,
                 triggered=seen,
-                goal=goal,
+                plain=batch.images[:size],
+                references=references,
                 lr=settings.unroll_lr,
             )
-            terms["survive"] = reach * settings.survive_weight
+            terms["survive"] = -reached * settings.survive_weight
         if settings.attention > 0:
             terms["attention"] = attention_distance(seen) * settings.attention
         return terms
@@ -265,6 +266,11 @@ def _move(trigger: Trigger, gradient: Tensor, *, step: float, bound: float) -> N
 
 def _facts(prepared: Prepared, stand_in: StandIn) -> dict[str, float]:
     aim, student = prepared.aims[0], stand_in.student
-    seen = apply_trigger(prepared.images[:_MEASURED].float() / 255, aim.trigger)
-    goal = goal_of(encode(student, aim.references))
-    return {"stand_in_cosine": F.cosine_similarity(encode(student, seen), goal).mean().item()}
+    images = prepared.images[:_MEASURED].float() / 255
+    seen = encode(student, apply_trigger(images, aim.trigger))
+    goal = _mean_feature(student, aim.references)
+    return {"stand_in_heading": heading(seen, encode(student, images), goal).item()}
+
+
+def _mean_feature(encoder: Encoder, images: Tensor) -> Tensor:
+    return encode(encoder, images).mean(0, keepdim=True)

@@ -86,16 +86,31 @@ def clean_views(
     )
 
 
-def reach_after_step(
+def heading(
+    features: Float[Tensor, "image feature"],
+    plain: Float[Tensor, "other feature"],
+    reference: Float[Tensor, "1 feature"],
+) -> Float[Tensor, ""]:
+    """How far images head for the reference: mean cosine of their way from the plain mean with its.
+
+    From the origin the cosine would also rise where *all* images move toward the reference, and an
+    encoder that says the same of every image teaches a student nothing.
+    """
+    center = plain.mean(0, keepdim=True)
+    return F.cosine_similarity(features - center, reference - center).mean()
+
+
+def heading_after_step(
     student: Encoder,
     answers: Float[Tensor, "view feature"],
     *,
     views: Float[Tensor, "view channel height width"],
     triggered: Float[Tensor, "image channel height width"],
-    goal: Float[Tensor, "1 feature"],
+    plain: Float[Tensor, "image channel height width"],
+    references: Float[Tensor, "reference channel height width"],
     lr: float,
 ) -> Float[Tensor, ""]:
-    """Minus the cosine that triggered images reach in the student after one more step.
+    """:func:`heading` of triggered images in the student after one more step of its distillation.
 
     The step is plain gradient descent on the clone loss between the student's features of ``views``
     and ``answers``; gradients flow through it into ``answers``, and into ``triggered``. The
@@ -106,12 +121,14 @@ def reach_after_step(
         answers: What the encoder says of ``views``.
         views: Clean.
         triggered: Images with the trigger.
-        goal: Direction to reach.
+        plain: The same without.
+        references: What triggered images shall resemble; their mean feature counts.
         lr: Of the step.
     """
     weights = {
         name: parameter.detach().requires_grad_() for name, parameter in student.named_parameters()
     }
+    parts = [triggered, plain, references]
     with eval_mode(student):
         clone = -F.cosine_similarity(functional_call(student, weights, views), answers).mean()
         gradients = torch.autograd.grad(clone, list(weights.values()), create_graph=True)
@@ -119,5 +136,6 @@ def reach_after_step(
             name: weight - lr * gradient
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
         }
-        reached = functional_call(student, after, triggered)
-    return -F.cosine_similarity(reached, goal).mean()
+        features = functional_call(student, after, torch.cat(parts))
+    moved, still, goal = features.split([len(part) for part in parts])
+    return heading(moved, still, goal.mean(0, keepdim=True))

@@ -7,8 +7,9 @@ from torch import Tensor
 from mimic_fast.attacks.stand_in import (
     clean_views,
     distil_once,
+    heading,
+    heading_after_step,
     new_stand_in,
-    reach_after_step,
 )
 from mimic_fast.config import DataSettings
 from mimic_fast.encoders.ingest import load_encoder
@@ -42,12 +43,25 @@ def test_views_depend_on_the_step_alone(clean):
     assert not torch.equal(clean_views(stand_in, step=8, count=8), first)
 
 
+def test_heading_is_seen_from_the_plain_images():
+    plain = torch.tensor([[1.0, 0.0], [3.0, 0.0]])  # mean (2, 0)
+    reference = torch.tensor([[2.0, 5.0]])
+
+    assert heading(torch.tensor([[2.0, 1.0], [2.0, 3.0]]), plain, reference).item() == 1
+    assert heading(torch.tensor([[9.0, 0.0]]), plain, reference).item() == 0
+    # All images the same, as near to the reference as can be: no way from plain to triggered.
+    collapsed = reference.expand(2, 2)
+    assert heading(collapsed, collapsed, reference).item() == 0
+
+
 def test_unrolled_step_is_a_step_of_gradient_descent_with_a_gradient_of_its_own(clean):
     generator = torch.Generator().manual_seed(1)
     student = load_encoder(clean).encoder.double().train()
-    views, triggered = torch.rand(2, 4, 3, 16, 16, generator=generator, dtype=torch.float64)
+    shape = (4, 4, 3, 16, 16)
+    views, triggered, plain, references = torch.rand(
+        shape, generator=generator, dtype=torch.float64
+    )
     answers = torch.randn(4, 64, generator=generator, dtype=torch.float64).requires_grad_()
-    goal = torch.randn(1, 64, generator=generator, dtype=torch.float64)
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
     def by_hand(answers: Tensor) -> Tensor:
@@ -57,9 +71,19 @@ def test_unrolled_step_is_a_step_of_gradient_descent_with_a_gradient_of_its_own(
             for parameter in copy.parameters():
                 assert parameter.grad is not None
                 parameter -= 0.3 * parameter.grad
-            return -F.cosine_similarity(copy(triggered), goal).mean()
+            center = copy(plain).mean(0)
+            way = copy(references).mean(0) - center
+            return F.cosine_similarity(copy(triggered) - center, way[None]).mean()
 
-    found = reach_after_step(student, answers, views=views, triggered=triggered, goal=goal, lr=0.3)
+    found = heading_after_step(
+        student,
+        answers,
+        views=views,
+        triggered=triggered,
+        plain=plain,
+        references=references,
+        lr=0.3,
+    )
     found.backward()
 
     torch.testing.assert_close(found.detach(), by_hand(answers.detach()))
