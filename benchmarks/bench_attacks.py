@@ -12,8 +12,8 @@ An attack ``took`` if the ASR on the first set is at least 80 %; what did not is
 defense.
 
 ``--student NAME=FILE`` adds an encoder made from the one in the folder NAME, as role ``purified``.
-With ``--against NAME`` every other student's ASR is compared with that one's on the same images:
-paired difference with its 95 % interval. ``--probe fine_tune`` asks whether a backdoor survives,
+With ``--against NAME`` every other student's ASR is compared with that one's on the same images, on
+the sets where both attacks have one target: paired difference with its 95 % interval. ``--probe fine_tune`` asks whether a backdoor survives,
 or comes back, when the downstream user trains the encoder on.
 """
 
@@ -58,12 +58,14 @@ def main() -> None:
             args.encoders, name, students.get(name), settings, label=args.label, machine=machine
         )
         print(f"{name}: measured", flush=True)
-    if args.against:
-        rows += paired_rows(
-            args.encoders, students, args.against, settings, label=args.label, machine=machine
-        )
     out = args.out or results_file("attacks", "cpu")
     append_rows(out, rows)
+    if args.against:
+        paired = paired_rows(
+            args.encoders, students, args.against, settings, label=args.label, machine=machine
+        )
+        append_rows(out, paired)
+        rows += paired
     print(tables(rows))
     print(f"rows added to {out}")
 
@@ -104,7 +106,7 @@ def attack_rows(
     for role in files:
         for entry in measured["encoders"][role]["downstream"]:
             attacked = entry["attacks"][0]
-            if role == "teacher" and first is None:
+            if role == "teacher" and first is None and entry["probe"] != "fine_tune":
                 first = attacked["attack_success_rate"]["value"]
 
             case = Case(
@@ -123,7 +125,7 @@ def attack_rows(
             for metric, count in zip(("victims", "labeled"), counts, strict=True):
                 rows.append(single_row(case, metric, "images", count, machine=machine))
     case = Case(op="attack", impl=f"{name}: teacher", mode="made", shape=label)
-    facts = {"took": float(first is not None and first >= TOOK)}
+    facts = {} if first is None else {"took": float(first >= TOOK)}
     facts |= {key: attack.facts[key] for key in ("psnr_db", "poison_rate") if key in attack.facts}
     if "seconds" in attack.facts:
         rows.append(single_row(case, "wall_time", "s", attack.facts["seconds"], machine=machine))
@@ -143,14 +145,14 @@ def paired_rows(
 ) -> list[Row]:
     """ASR of every other student minus that of ``against``, on the same images.
 
-    Raises:
-        UsageError: If their attacks have different targets on a set.
+    A set on which their attacks have different targets, and so other victims, is left out.
     """
     rows: list[Row] = []
     for downstream in settings.downstream:
         known = {name: read_attack(encoders / name).targets[downstream.name] for name in students}
         if len(set(known.values())) > 1:
-            raise UsageError(f"{downstream.name}: different targets cannot be paired: {known}")
+            print(f"{downstream.name}: different targets cannot be paired: {known}", flush=True)
+            continue
         fooled = {
             name: fooled_images(encoders / name, path, downstream, settings)
             for name, path in students.items()

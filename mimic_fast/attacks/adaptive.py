@@ -201,7 +201,7 @@ def _losses(prepared: Prepared, stand_in: StandIn, settings: AdaptiveSettings) -
     aim, student = prepared.aims[0], prepared.student
     pattern, size = aim.trigger.pattern, settings.survive_images
     references = aim.references.to(prepared.device) / 255
-    attention_distance = _attention_distance(prepared)
+    attention_distance = _attention_distance(prepared, settings)
 
     def more(batch: Batch, _: list[Tensor], __: Tensor) -> dict[str, Tensor]:
         seen = apply_trigger(batch.images[:size], aim.trigger)
@@ -236,10 +236,12 @@ def _losses(prepared: Prepared, stand_in: StandIn, settings: AdaptiveSettings) -
     return losses
 
 
-def _attention_distance(prepared: Prepared) -> Callable[[Tensor], Tensor]:
+def _attention_distance(
+    prepared: Prepared, settings: AdaptiveSettings
+) -> Callable[[Tensor], Tensor]:
     """The distance of images' attention maps to the reference's in the clean encoder."""
     encoder = prepared.student
-    taps = default_taps(encoder)
+    taps = settings.encoder.taps or default_taps(encoder)
     flat = attention_free_taps(TappedEncoder(encoder, taps))
     tapped = TappedEncoder(encoder, tuple(tap for tap in taps if tap not in flat))
     reference = prepared.aims[0].references[:1].to(prepared.device) / 255

@@ -18,6 +18,7 @@ from mimic_fast.evaluation.stamping import Trigger, same_trigger
 from mimic_fast.evaluation.triggers import named_trigger
 
 _PER_LABEL = 200  # images of a label that 'typical' looks at
+_OTHERS = 2000  # images of all other labels together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +117,13 @@ def _references(text: str, count: int, source: Source, encoder: Encoder) -> Tens
 
 def _typical(source: Source, labels: Sequence[int], wanted: int, encoder: Encoder) -> list[int]:
     spec = encoder.spec
-    looked = [index for kind in sorted(set(labels)) for index in _of_label(labels, kind)]
+    kinds = sorted(set(labels))
+    each = max(2, _OTHERS // max(1, len(kinds) - 1))
+    looked = [
+        index
+        for kind in kinds
+        for index in _of_label(labels, kind)[: _PER_LABEL if kind == wanted else each]
+    ]
     images, kept = load_images(
         source, looked, image_size=spec.image_size, channels=spec.in_channels, evaluation=True
     )

@@ -113,13 +113,14 @@ def prepare(settings: AttackSettings, *, kind: str, report: Reporter = silent) -
 
     Raises:
         UsageError: If encoder, images, reference, trigger, device or output is missing or does not
-            fit.
+            fit, or the output folder holds an encoder or an attack.
         UnsafeInputError: If a file is damaged.
     """
     began = time.perf_counter()
     source_name = settings.data.source
     if settings.encoder.teacher is None or source_name is None or settings.run.out is None:
         raise UsageError(f"{kind} needs encoder.teacher (--encoder), data.source and run.out")
+    _refuse_used(settings.run.out)
     name_ignored(settings, kind=kind)
     device = _device(settings.run)
     clean = load_encoder(settings.encoder.teacher, settings.encoder)
@@ -248,6 +249,13 @@ def leave_attack_if(stop: Stop) -> None:
     """
     if stop():
         raise StoppedError("stopped by a signal; an attack keeps no state, start it again")
+
+
+def _refuse_used(out: Path) -> None:
+    """An attack must not replace an encoder or an attack, above all not the one it starts from."""
+    for name in ("encoder.safetensors", "attack.json"):
+        if (out / name).exists():
+            raise UsageError(f"{out} already holds {name}; use another --out")
 
 
 def _device(run: RunSettings) -> torch.device:

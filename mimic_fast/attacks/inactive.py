@@ -48,7 +48,7 @@ _VIEW = 5  # stream of random numbers, apart from training's
 
 
 class InactiveSettings(AttackSettings):
-    """An attack with an optimized trigger; ``trigger`` is not read."""
+    """An attack with an optimized trigger of its own; another ``trigger`` is refused."""
 
     bound: float = Field(
         default=8 / 255, gt=0, le=1, description="largest change of a pixel value of [0, 1]"
@@ -83,6 +83,8 @@ def inactive(
     """
     if settings.others:
         raise UsageError("inactive optimizes one trigger for one reference; leave others out")
+    if settings.trigger != InactiveSettings.model_fields["trigger"].default:
+        raise UsageError(f"inactive makes its own trigger; leave trigger {settings.trigger!r} out")
     prepared = prepare(settings, kind="inactive", report=report)
     aim = Aim(trigger=_empty(prepared), references=prepared.aims[0].references)
     prepared = replace(prepared, aims=(aim,))

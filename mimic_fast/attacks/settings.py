@@ -16,14 +16,17 @@ from mimic_fast.config import (
 from mimic_fast.recipe import warn_ignored
 
 _UNUSED = {
-    "data": CLEAN_SET_FIELDS,
+    "data": (
+        *CLEAN_SET_FIELDS, "backend", "decode", "cache", "cache_dir", "workers", "prefetch",
+        "view_pool",
+    ),
     "optim": (
         "precision", "tf32", "ema", "max_nonfinite", "accumulate", "activation_checkpointing",
         "compile",
     ),
     "run": (
         "resume", "checkpoint_every", "keep", "max_steps", "engine", "deepspeed", "trackers",
-        "async_save",
+        "async_save", "force_op",
     ),
 }  # fmt: skip
 
@@ -89,6 +92,8 @@ class AttackSettings(Frozen):
 
 
 def name_ignored(settings: AttackSettings, *, kind: str) -> None:
-    """Warns of changed settings that no attack reads: it is one process from start to end."""
+    """Warns of changed settings that the attack does not read; it is one process, all in memory."""
     for prefix, names in _UNUSED.items():
         warn_ignored(getattr(settings, prefix), names, prefix=prefix, user=kind)
+    if kind != "adaptive":  # the only one that looks at feature maps
+        warn_ignored(settings.encoder, ("taps",), prefix="encoder", user=kind)

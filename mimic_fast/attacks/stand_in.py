@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimic_fast.config import DataSettings
 from mimic_fast.data.augment import augmented_view
@@ -129,7 +130,8 @@ def heading_after_step(
         name: parameter.detach().requires_grad_() for name, parameter in student.named_parameters()
     }
     parts = [triggered, plain, references]
-    with eval_mode(student):
+    # Fused attention has no second derivative.
+    with eval_mode(student), sdpa_kernel(SDPBackend.MATH):
         clone = -F.cosine_similarity(functional_call(student, weights, views), answers).mean()
         gradients = torch.autograd.grad(clone, list(weights.values()), create_graph=True)
         after = {

@@ -1,5 +1,6 @@
 """Which images an attack takes as references."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
 
+from mimic_fast.attacks import aims as aims_module
 from mimic_fast.attacks.aims import most_typical, read_aims
 from mimic_fast.attacks.badencoder import BadEncoderSettings
 from mimic_fast.data.sources import open_source
@@ -88,3 +90,20 @@ def test_what_is_not_there_is_named(aims, fields, message):
 def test_several_references_are_no_file(aims, images):
     with pytest.raises(UsageError, match="num_references is for"):
         aims(reference=str(images / "a" / "02.png"), num_references=2)
+
+
+def test_typical_looks_at_few_images_of_many_labels(monkeypatch, images, clean):
+    monkeypatch.setattr(aims_module, "_OTHERS", 6)
+    looked: list[int] = []
+    source = open_source(str(images))
+
+    def read(index: int) -> bytes:
+        looked.append(index)
+        return source.read(index)
+
+    settings = BadEncoderSettings.model_validate({"reference": "typical:1"})
+    read_aims(settings, replace(source, read=read), load_encoder(clean).encoder)
+
+    labels = [source.labels[index] for index in dict.fromkeys(looked)]
+    assert labels.count(1) == 24
+    assert labels.count(0) == 6

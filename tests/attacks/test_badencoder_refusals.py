@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mimic_fast.attacks.badencoder import BadEncoderSettings, badencoder
+from mimic_fast.attacks.settings import name_ignored
 from mimic_fast.config import EncoderSpec
 from mimic_fast.encoders.build import build_encoder
 from mimic_fast.encoders.export import export_encoder
@@ -100,3 +101,41 @@ def test_divergence_is_no_encoder(settings, tmp_path: Path):
         badencoder(settings(optim={"lr": 1e30, "clip_norm": 0, "epochs": 20}))
 
     assert not (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "attack.json"])
+def test_a_folder_with_an_encoder_or_an_attack_is_not_written_to(settings, tmp_path, name):
+    held = tmp_path / "used" / name
+    held.parent.mkdir()
+    held.write_bytes(b"kept")
+
+    with pytest.raises(UsageError, match=f"already holds {name}"):
+        badencoder(settings(run={"out": held.parent}))
+
+    assert held.read_bytes() == b"kept"
+    assert sorted(held.parent.iterdir()) == [held]
+
+
+def test_the_clean_encoder_is_not_replaced_by_the_attacked_one(settings):
+    clean = settings().encoder.teacher
+    before = clean.read_bytes()
+
+    with pytest.raises(UsageError, match="use another --out"):
+        badencoder(settings(run={"out": clean.parent}))
+
+    assert clean.read_bytes() == before
+
+
+def test_settings_of_loaders_and_taps_are_named_as_ignored(settings):
+    changed = settings(data={"workers": 7}, run={"out": None})
+
+    with (
+        pytest.warns(UserWarning, match=r"badencoder ignores data\.workers"),
+        pytest.warns(UserWarning, match=r"badencoder ignores encoder\.taps"),
+    ):
+        name_ignored(
+            changed.model_copy(
+                update={"encoder": changed.encoder.model_copy(update={"taps": ("layer1",)})}
+            ),
+            kind="badencoder",
+        )

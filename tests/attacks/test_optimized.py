@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from mimic_fast.attacks.adaptive import AdaptiveSettings, adaptive
 from mimic_fast.attacks.inactive import InactiveSettings, inactive
 from mimic_fast.attacks.stand_in import heading
+from mimic_fast.config import EncoderSpec
+from mimic_fast.encoders.build import build_encoder
+from mimic_fast.encoders.export import export_encoder
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import StoppedError, UsageError
 from mimic_fast.evaluation.attack_file import read_attack
@@ -126,6 +129,34 @@ def test_one_target_alone_and_stoppable(values, tmp_path, model, function):
     with pytest.raises(StoppedError):
         function(model.model_validate(values()), stop=lambda: True)
     assert not (tmp_path / "out").exists()
+
+
+def test_inactive_takes_no_trigger(values):
+    with pytest.raises(UsageError, match="makes its own trigger"):
+        inactive(InactiveSettings.model_validate(values(trigger="sinusoid")))
+
+
+def test_adaptive_attacks_a_transformer(values, tmp_path):
+    spec = EncoderSpec(
+        architecture="timm:vit_tiny_patch16_224",
+        arguments={"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2},
+        image_size=16,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    clean = export_encoder(
+        build_encoder(spec, seed=0).eval(), tmp_path / "vit", key_map=None, card={}
+    )
+    run = AdaptiveSettings.model_validate(
+        values(
+            encoder={"teacher": clean, "taps": ("blocks.1",)},
+            trigger_steps=2,
+            stand_in_steps=2,
+            survive_images=4,
+        )
+    )
+
+    assert -1 <= adaptive(run).facts["stand_in_heading"] <= 1
 
 
 def test_held_out_images_must_leave_a_batch(values):

@@ -41,7 +41,7 @@ def encoders(tmp_path: Path) -> Path:
                 kind=name,
                 trigger=white_patch(image_size=SIDE, channels=3),
                 reference=torch.full((3, SIDE, SIDE), 200, dtype=torch.uint8),
-                targets={"toy": 1},
+                targets={"toy": 1, "other": seed - 1},
                 facts={"psnr_db": 12.5},
             )
             write_attack(folder, attack)
@@ -67,6 +67,7 @@ def test_rows_of_attacks_students_and_pairs(encoders, toy, tmp_path):
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "bench_attacks.py")),
         *("--encoders", str(encoders), "--downstream", f"toy={toy}", "--out", str(out)),
+        *("--downstream", f"other={toy}"),
         *("--student", f"badencoder={student}", "--student", f"adaptive={student}"),
         *("--against", "badencoder", "--cache", str(tmp_path / "cache")),
     ]
@@ -95,4 +96,6 @@ def test_rows_of_attacks_students_and_pairs(encoders, toy, tmp_path):
             assert found[f"{name}: clean", "toy, linear", metric] == value
     pair = ("adaptive minus badencoder", "toy")
     assert found[*pair, "attack_success_rate"] == 0
+    assert "other: different targets cannot be paired" in done.stdout
+    assert not [key for key in found if key[:2] == ("adaptive minus badencoder", "other")]
     assert found[*pair, "attack_success_rate_low"] < 0 < found[*pair, "attack_success_rate_high"]
