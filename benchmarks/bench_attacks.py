@@ -13,8 +13,9 @@ defense.
 
 ``--student NAME=FILE`` adds an encoder made from the one in the folder NAME, as role ``purified``.
 With ``--against NAME`` every other student's ASR is compared with that one's on the same images, on
-the sets where both attacks have one target: paired difference with its 95 % interval. ``--probe fine_tune`` asks whether a backdoor survives,
-or comes back, when the downstream user trains the encoder on.
+the sets where both attacks have one target: paired difference with its 95 % interval.
+``--probe fine_tune`` asks whether a backdoor survives, or comes back, when the downstream user
+trains the encoder on.
 """
 
 import argparse

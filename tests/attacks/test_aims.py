@@ -104,6 +104,7 @@ def test_typical_looks_at_few_images_of_many_labels(monkeypatch, images, clean):
     settings = BadEncoderSettings.model_validate({"reference": "typical:1"})
     read_aims(settings, replace(source, read=read), load_encoder(clean).encoder)
 
+    assert source.labels is not None
     labels = [source.labels[index] for index in dict.fromkeys(looked)]
     assert labels.count(1) == 24
     assert labels.count(0) == 6

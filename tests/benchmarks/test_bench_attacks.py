@@ -91,7 +91,8 @@ def test_rows_of_attacks_students_and_pairs(encoders, toy, tmp_path):
         assert found[f"{name}: teacher", "made", "took"] == (own >= TOOK)
         assert found[f"{name}: teacher", "made", "psnr_db"] == 12.5
         # The student is the clean encoder itself, so they agree in everything.
-        twins = {key[2]: value for key, value in found.items() if key[0] == f"{name}: purified"}
+        student = (f"{name}: purified", "toy, linear")
+        twins = {key[2]: value for key, value in found.items() if key[:2] == student}
         for metric, value in twins.items():
             assert found[f"{name}: clean", "toy, linear", metric] == value
     pair = ("adaptive minus badencoder", "toy")
