@@ -12,7 +12,13 @@ from typing import Annotated
 
 import typer
 
-from mimic_fast.errors import MachineError, MimicError, StoppedError, UsageError
+from mimic_fast.errors import (
+    MachineError,
+    MimicError,
+    NothingSavedError,
+    StoppedError,
+    UsageError,
+)
 from mimic_fast.launch.arguments import launched_processes
 from mimic_fast.launch.commands import attack, bench, config, data
 from mimic_fast.launch.commands.aot import aot
@@ -35,8 +41,6 @@ from mimic_fast.version import VERSION
 
 # What gloo says when a peer has died or does not answer; NCCL and the stores have error classes.
 _LOST = ("by peer", "connection refused", "broken pipe", "timed out waiting", "connectfullmesh")
-
-INTERRUPTED = 130  # what a shell reports after Ctrl-C: nothing was saved, unlike exit 6
 
 app = typer.Typer(
     help="Purify backdoored pre-trained vision encoders.",
@@ -111,8 +115,9 @@ def run(arguments: list[str]) -> int:
             raise
         return _failed(message, MachineError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    return _failed("interrupted; nothing was saved", code) if code == INTERRUPTED else code
+        code = NothingSavedError.exit_code
+    interrupted = code == NothingSavedError.exit_code
+    return _failed("interrupted; nothing was saved", code) if interrupted else code
 
 
 def _leave_process_group() -> None:

@@ -45,3 +45,9 @@ class MachineError(MimicError, RuntimeError):
     """The machine, not the input: disk full, not writable, out of memory (exit 7)."""
 
     exit_code = 7
+
+
+class NothingSavedError(MimicError, RuntimeError):
+    """Stopped by a signal where no state is kept: start again (exit 130, as shells report it)."""
+
+    exit_code = 130

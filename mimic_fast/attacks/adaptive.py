@@ -106,7 +106,8 @@ def adaptive(
     and the reference's, in the stand-in, which never saw one.
 
     Raises:
-        UsageError, UnsafeInputError, DivergedError, StoppedError: As :func:`badencoder` does.
+        UsageError, UnsafeInputError, DivergedError, NothingSavedError: As
+            :func:`badencoder` does.
     """
     if settings.others:
         raise UsageError("adaptive optimizes one trigger for one reference; leave others out")

@@ -52,7 +52,7 @@ def badencoder(
         UsageError: If the encoder, images, reference or output is missing or does not fit.
         UnsafeInputError: If a file is damaged.
         DivergedError: If a loss was not finite; nothing is written.
-        StoppedError: If ``stop`` told so; nothing is written.
+        NothingSavedError: If ``stop`` told so; nothing is written.
     """
     prepared = prepare(settings, kind="badencoder", report=report)
     implant(prepared, settings, badencoder_losses(prepared, settings), report=report, stop=stop)

@@ -70,7 +70,8 @@ def drupe(settings: DrupeSettings, *, report: Reporter = silent, stop: Stop = go
     the least that chance leaves.
 
     Raises:
-        UsageError, UnsafeInputError, DivergedError, StoppedError: As :func:`badencoder` does.
+        UsageError, UnsafeInputError, DivergedError, NothingSavedError: As
+            :func:`badencoder` does.
     """
     prepared = prepare(settings, kind="drupe", report=report)
     hosts = [

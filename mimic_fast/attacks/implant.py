@@ -29,7 +29,7 @@ from mimic_fast.distributed import SINGLE
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
-from mimic_fast.errors import DivergedError, StoppedError, UsageError
+from mimic_fast.errors import DivergedError, NothingSavedError, UsageError
 from mimic_fast.evaluation.attack_file import Attack, write_attack
 from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.triggers import Trigger, apply_trigger
@@ -163,7 +163,7 @@ def implant(
 
     Raises:
         DivergedError: If a loss was not finite.
-        StoppedError: If ``stop`` told so; nothing is kept.
+        NothingSavedError: If ``stop`` told so.
     """
     optim, student = settings.optim, prepared.student
     student.eval()  # BatchNorm frozen: running statistics in use and untouched
@@ -245,10 +245,10 @@ def leave_attack_if(stop: Stop) -> None:
     """Leaves a running attack.
 
     Raises:
-        StoppedError: If ``stop`` told so.
+        NothingSavedError: If ``stop`` told so.
     """
     if stop():
-        raise StoppedError("stopped by a signal; an attack keeps no state, start it again")
+        raise NothingSavedError("stopped by a signal; an attack keeps no state, start it again")
 
 
 def _refuse_used(out: Path) -> None:

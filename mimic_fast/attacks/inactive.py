@@ -79,7 +79,8 @@ def inactive(
     reach the reference after random crops and color changes.
 
     Raises:
-        UsageError, UnsafeInputError, DivergedError, StoppedError: As :func:`badencoder` does.
+        UsageError, UnsafeInputError, DivergedError, NothingSavedError: As
+            :func:`badencoder` does.
     """
     if settings.others:
         raise UsageError("inactive optimizes one trigger for one reference; leave others out")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimic_fast.attacks.badencoder import BadEncoderSettings, badencoder
 from mimic_fast.encoders.ingest import load_encoder
-from mimic_fast.errors import StoppedError, UsageError
+from mimic_fast.errors import NothingSavedError, UsageError
 from mimic_fast.evaluation.attack_file import read_attack
 from mimic_fast.evaluation.triggers import Trigger, save_trigger
 from mimic_fast.progress import Event
@@ -196,6 +196,6 @@ def test_facts_say_how_visible_the_trigger_is(clean, images, tmp_path):
 def test_stopping_leaves_nothing(clean, images, tmp_path):
     polls = iter([False, True])
 
-    with pytest.raises(StoppedError, match="keeps no state"):
+    with pytest.raises(NothingSavedError, match="keeps no state"):
         badencoder(settings(clean, images, tmp_path / "out"), stop=lambda: next(polls))
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from mimic_fast.config import EncoderSpec
 from mimic_fast.encoders.build import build_encoder
 from mimic_fast.encoders.export import export_encoder
 from mimic_fast.encoders.ingest import load_encoder
-from mimic_fast.errors import StoppedError, UsageError
+from mimic_fast.errors import NothingSavedError, UsageError
 from mimic_fast.evaluation.attack_file import read_attack
 from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.triggers import blended, random_patch
@@ -126,7 +126,7 @@ def test_one_target_alone_and_stoppable(values, tmp_path, model, function):
     with pytest.raises(UsageError, match="leave others out"):
         function(model.model_validate(values(others=other)))
 
-    with pytest.raises(StoppedError):
+    with pytest.raises(NothingSavedError):
         function(model.model_validate(values()), stop=lambda: True)
     assert not (tmp_path / "out").exists()
 
