@@ -30,7 +30,7 @@ from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
 from mimic_fast.errors import DivergedError, StoppedError, UsageError
-from mimic_fast.evaluation.attack_file import Attack, write_attack
+from mimic_fast.evaluation.attack_file import Attack, refuse_other_targets, write_attack
 from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.triggers import Trigger, apply_trigger
 from mimic_fast.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
@@ -121,6 +121,7 @@ def prepare(settings: AttackSettings, *, kind: str, report: Reporter = silent) -
     if settings.encoder.teacher is None or source_name is None or settings.run.out is None:
         raise UsageError(f"{kind} needs encoder.teacher (--encoder), data.source and run.out")
     name_ignored(settings, kind=kind)
+    refuse_other_targets(settings.run.out, count=1 + len(settings.others))
     device = _device(settings.run)
     clean = load_encoder(settings.encoder.teacher, settings.encoder)
     report_assumed(clean, report)
