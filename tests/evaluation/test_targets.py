@@ -11,6 +11,7 @@ from torch import Tensor
 from mimic_fast.config import EvaluationSettings
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import Attack, read_attack, write_attack
+from mimic_fast.evaluation.curve import Curve, read_curve
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.stamping import Trigger
 from mimic_fast.evaluation.targets import read_attacks
@@ -199,3 +200,15 @@ def test_one_path_and_a_list_of_paths_are_settings(folder):
     two = EvaluationSettings.model_validate({"attack": [str(folder), "b.json"]})
     assert two.attacks == (folder, Path("b.json"))
     assert EvaluationSettings.model_validate(two.model_dump(mode="json")) == two
+
+
+def test_curve_has_the_highest_rate_and_each(task, encoders, folder, tmp_path):
+    settings = EvaluationSettings(downstream=(task,), attack=folder, curve_every=1)
+    curve = Curve(tmp_path / "curve.jsonl", settings, teacher=encoders["teacher"], seed=0)
+
+    curve.measure(1, load(Backdoored(), "purified").encoder)  # the black square is gone
+
+    teacher, student = read_curve(tmp_path / "curve.jsonl")
+    assert teacher["attack_success_rates"] == {"white_patch": 1, "black_square": 1}
+    assert student["attack_success_rates"] == {"white_patch": 1, "black_square": 0}
+    assert student["attack_success_rate"] == 1

@@ -31,6 +31,14 @@ ROLES = {
     "clean": (0.83, 0.01),
 }
 
+# The same with a second attack, which the purification does not remove.
+TWO = {
+    "teacher": (0.83, 0.99, 0.95),
+    "purified": (0.82, 0.015, 0.6),
+    "student_only": (0.70, 0.015, 0.01),
+    "clean": (0.83, 0.01, 0.01),
+}
+
 
 def make_score(role: str, accuracy: float, rate: float | None, *further: float) -> Score:
     n = 4000
