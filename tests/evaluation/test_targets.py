@@ -125,17 +125,16 @@ def test_figures_are_those_of_each_attack_alone(task, encoders, folder):
 
     together = evaluate_encoders(encoders, settings, seed=0)
 
-    for place, file in enumerate(files):
+    names = [one["trigger"] for one in together["attacks"]]
+    for place, (file, name) in enumerate(zip(files, names, strict=True)):
         one = settings.model_copy(update={"attack": file})
         alone = evaluate_encoders(encoders, one, seed=0)
         for role, encoder in alone["encoders"].items():
-            for a, b in zip(
+            pairs = zip(
                 encoder["downstream"], together["encoders"][role]["downstream"], strict=True
-            ):
-                assert a["attacks"] == [b["attacks"][place]]
-        own = [
-            row for row in together["comparisons"] if row["trigger"] == a["attacks"][0]["trigger"]
-        ]
+            )
+            assert all(a["attacks"] == [b["attacks"][place]] for a, b in pairs)
+        own = [row for row in together["comparisons"] if row["trigger"] == name]
         assert own == alone["comparisons"]
 
 

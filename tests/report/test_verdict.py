@@ -173,9 +173,10 @@ def test_worst_of_several_attacks_decides_and_is_named(make_evaluation):
     assert "for the trigger and" in limits(make_evaluation())[0]
 
 
-def test_attack_is_reduced_by_its_own_difference(make_evaluation):
-    """The first attack's fall must not speak for a second one that stands."""
-    said = verdict(make_evaluation(**TWO | {"purified": (0.82, 0.015, 0.95)}))
+@pytest.mark.parametrize("rates", [(0.015, 0.95), (0.99, 0.015)], ids=["second", "first"])
+def test_attack_is_reduced_by_its_own_difference(make_evaluation, rates):
+    """The fall of one attack must not speak for another one that stands."""
+    said = verdict(make_evaluation(**TWO | {"purified": (0.82, *rates)}))
 
     assert said["level"] == "not_purified"
 
