@@ -173,6 +173,8 @@ def test_several_targets_each_reach_their_own_reference(clean, images, tmp_path)
     assert [one.facts["reached_cosine"] for one in files] == [
         pytest.approx(target["reached_cosine"]) for target in (first, second)
     ]
+    with pytest.raises(UsageError, match="holds target_2 of an earlier attack"):
+        badencoder(settings(clean, images, tmp_path))  # it would be taken for one of the new
 
 
 def test_lengths_of_triggered_features_stay_the_references(clean, images, tmp_path):
