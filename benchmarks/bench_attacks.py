@@ -182,12 +182,14 @@ def fooled_images(
     data = open_downstream(downstream, settings, seed=0)
     loaded: dict[str, Any] = {"purified": load_encoder(student)}
     common: dict[str, Any] = {"batch_size": settings.batch_size, "cache": settings.cache}
-    train = encode_split(data.train, loaded, trigger=None, **common)
-    test = encode_split(data.test, loaded, trigger=attack.trigger, **common)
+    train = encode_split(data.train, loaded, triggers={}, **common)
+    triggers = {"purified": (attack.trigger,)}
+    test = encode_split(data.test, loaded, triggers=triggers, **common)
     probe = fit_linear_probe(
         train.clean["purified"], train.labels, num_classes=data.num_classes, l2=settings.probe_l2
     )
-    return probe.predict(test.triggered["purified"])[test.labels != target] == target
+    (triggered,) = test.triggered["purified"]
+    return probe.predict(triggered)[test.labels != target] == target
 
 
 def parsed() -> argparse.Namespace:

@@ -61,9 +61,13 @@ def rows(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
             where |= {"dataset": entry["dataset"], "probe": entry["probe"]}
             yield where | _row("clean_accuracy", entry["clean_accuracy"])
             for attack in entry.get("attacks", ()):
+                of = f", {attack['trigger']}" if len(entry["attacks"]) > 1 else ""
                 for metric in _ATTACK_METRICS:
-                    yield where | _row(metric, attack[metric])
+                    yield where | _row(metric, attack[metric]) | {"metric": metric + of}
+    first = report.get("attack", {}).get("trigger")
     for pair in report.get("comparisons", ()):
+        if pair.get("trigger", first) != first:  # the clean accuracies are the same
+            continue
         where = {"encoder": f"{pair['a']}-{pair['b']}", "dataset": pair["dataset"]}
         yield where | {"probe": pair["probe"]} | _row("clean_accuracy", pair["clean_accuracy"])
     for name, measure in report.get("agreement", {}).items():

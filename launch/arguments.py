@@ -57,8 +57,13 @@ Downstream = Annotated[
         "or 'fashion-mnist'; repeatable.",
     ),
 ]
-AttackFile = Annotated[
-    Path | None, typer.Option("--attack", help="attack.json: trigger, reference, targets.")
+AttackFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--attack",
+        help="attack.json (trigger, reference, targets), or its folder with all targets of the "
+        "encoder; repeatable.",
+    ),
 ]
 StudentOnly = Annotated[
     bool | None,
@@ -89,6 +94,13 @@ def downstream_values(items: Sequence[str] | None) -> list[dict[str, str]] | Non
         {"name": name, "train": split_source(root, "train"), "test": split_source(root, "test")}
         for name, root in (named(item, "--downstream") for item in items)
     ]
+
+
+def attack_values(items: Sequence[Path] | None) -> Path | tuple[Path, ...] | None:
+    """``--attack`` options as the value of ``evaluation.attack``; None if there are none."""
+    if not items:
+        return None
+    return items[0] if len(items) == 1 else tuple(items)
 
 
 def split_source(root: str, split: str) -> str:

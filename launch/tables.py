@@ -1,7 +1,7 @@
 """Results on the terminal: the before/after table, the layers of step A, a checkpoint."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,25 +13,28 @@ _ROLES = ("teacher", "purified", "student_only", "clean")
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """What report.json says: one row per encoder, set and probe, agreement, the verdict."""
+    """What report.json says: a row per encoder, set, probe and attack, agreement, the verdict."""
     rows = [
         (role, entry)
         for role in sorted(report["encoders"], key=_in_order)
         for entry in report["encoders"][role].get("downstream", ())
     ]
     if rows:
-        attacked = any(entry.get("attacks") for _, entry in rows)
-        columns = ("clean accuracy", "ASR", "robust accuracy") if attacked else ("clean accuracy",)
-        table = _table("", "encoder", "set", "probe", *columns)
+        most = max(len(entry.get("attacks", ())) for _, entry in rows)
+        columns = ("clean accuracy", "ASR", "robust accuracy") if most else ("clean accuracy",)
+        several = ("trigger",) if most > 1 else ()
+        table = _table("", "encoder", "set", "probe", *several, *columns)
         for role, entry in rows:
-            attack: Mapping[str, Any] = next(iter(entry.get("attacks", ())), {})
-            measures = (
-                entry["clean_accuracy"],
-                attack.get("attack_success_rate"),
-                attack.get("robust_accuracy"),
-            )
-            cells = [_percent(measure) for measure in measures[: len(columns)]]
-            _add_row(table, role, entry["dataset"], entry["probe"], *cells)
+            attacks: Sequence[Mapping[str, Any]] = entry.get("attacks") or ({},)
+            for attack in attacks:
+                measures = (
+                    entry["clean_accuracy"],
+                    attack.get("attack_success_rate"),
+                    attack.get("robust_accuracy"),
+                )
+                cells = [_percent(measure) for measure in measures[: len(columns)]]
+                named = (attack.get("trigger", "-"),) if several else ()
+                _add_row(table, role, entry["dataset"], entry["probe"], *named, *cells)
         _print(table)
     if "agreement" in report:
         named = (f"{name} {_interval(m)}" for name, m in report["agreement"].items())

@@ -1,7 +1,7 @@
 """Every setting of a purification: frozen, validated, described; ``recipe.py`` reads TOML."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -351,7 +351,11 @@ class EvaluationSettings(Frozen):
     """Step D: what is measured when labels are at hand."""
 
     downstream: tuple[DownstreamSettings, ...] = Field(default=(), description="labeled sets")
-    attack: Path | None = Field(default=None, description="attack.json: trigger, reference, target")
+    attack: Path | Annotated[tuple[Path, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="attack.json (trigger, reference, target), or its folder, which has the "
+        "further targets of the encoder too; or a list of them",
+    )
     student_only: bool = Field(
         default=False,
         description="purify: also train a student on the clean images alone",
@@ -394,6 +398,13 @@ class EvaluationSettings(Frozen):
     scan_references: Path | None = Field(
         default=None, description="clean encoders, or their scans, that the scans compare with"
     )
+
+    @property
+    def attacks(self) -> tuple[Path, ...]:
+        """``attack`` as it was given, as a list; empty without one."""
+        if self.attack is None:
+            return ()
+        return self.attack if isinstance(self.attack, tuple) else (self.attack,)
 
 
 class Settings(Frozen):

@@ -195,11 +195,13 @@ def _print_facts(facts: Mapping[str, Any], measured: list[dict[str, Any]]) -> No
         )
     else:
         typer.echo(f"{facts['poisoned_images']} of {facts['images']} images were poisoned")
+    several = len({row["trigger"] for row in measured}) > 1
     for row in measured:
+        named = f", trigger {row['trigger']}" if several else ""
         rate = row.get("attack_success_rate")
         said = "not measured" if rate is None else f"{rate['value']:.1%}"
         typer.echo(
             f"{row['dataset']}, {row['probe']} probe, {row['encoder']}: clean accuracy "
             f"{row['clean_accuracy']['value']:.1%}, attack success rate {said} "
-            f"(class {row['target']})"
+            f"(class {row['target']}{named})"
         )

@@ -8,13 +8,14 @@ import typer
 
 from mimic_fast.errors import UsageError
 from mimic_fast.launch.arguments import (
-    AttackFile,
+    AttackFiles,
     Downstream,
     Json,
     Out,
     Overrides,
     Recipe,
     Seed,
+    attack_values,
     downstream_values,
     given,
     named,
@@ -34,7 +35,7 @@ def evaluate(
         ),
     ] = None,
     downstream: Downstream = None,
-    attack: AttackFile = None,
+    attack: AttackFiles = None,
     out: Out = None,
     seed: Seed = None,
     overrides: Overrides = None,
@@ -49,7 +50,7 @@ def evaluate(
 
     values = {
         **given(seed=seed),
-        "evaluation": given(downstream=downstream_values(downstream), attack=attack),
+        "evaluation": given(downstream=downstream_values(downstream), attack=attack_values(attack)),
     }
     settings = load_settings(recipe, overrides=overrides or (), values=values)
     files = _files(encoder)

@@ -6,7 +6,7 @@ import typer
 
 from mimic_fast.launch.arguments import (
     AllowBudget,
-    AttackFile,
+    AttackFiles,
     CleanEncoder,
     Data,
     Device,
@@ -21,6 +21,7 @@ from mimic_fast.launch.arguments import (
     Seed,
     StudentOnly,
     Teacher,
+    attack_values,
     downstream_values,
     given,
     launched_processes,
@@ -38,7 +39,7 @@ def purify(
     overrides: Overrides = None,
     resume: Resume = None,
     downstream: Downstream = None,
-    attack: AttackFile = None,
+    attack: AttackFiles = None,
     allow_budget: AllowBudget = None,
     student_only: StudentOnly = None,
     clean: CleanEncoder = None,
@@ -60,7 +61,7 @@ def purify(
         "run": given(out=out, resume=resume, device=device, force_op=force_op),
         "evaluation": given(
             downstream=downstream_values(downstream),
-            attack=attack,
+            attack=attack_values(attack),
             student_only=student_only,
             clean=clean,
         ),

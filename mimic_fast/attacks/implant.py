@@ -253,7 +253,7 @@ def leave_attack_if(stop: Stop) -> None:
 
 def _refuse_used(out: Path) -> None:
     """An attack must not replace an encoder or an attack, above all not the one it starts from."""
-    for name in ("encoder.safetensors", "attack.json"):
+    for name in ("encoder.safetensors", "attack.json", "target_2"):
         if (out / name).exists():
             raise UsageError(f"{out} already holds {name}; use another --out")
 

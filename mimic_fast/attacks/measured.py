@@ -1,4 +1,7 @@
-"""The attack's success on labeled sets, measured once it is made and kept in ``attack.json``."""
+"""The attack's success on labeled sets, measured once it is made and kept in ``attack.json``.
+
+Of an attack with several targets each is measured, and has its figures in its own file.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +9,7 @@ from typing import Any
 
 from mimic_fast.config import EncoderSettings, EvaluationSettings
 from mimic_fast.encoders.ingest import load_encoder
-from mimic_fast.evaluation.attack_file import record_facts
+from mimic_fast.evaluation.attack_file import attack_files, attack_path, record_facts
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.progress import Reporter, silent
 
@@ -25,8 +28,8 @@ def measure_attack(
     """Measures the backdoored encoder and, where there is one, the clean one that it came from.
 
     Args:
-        attack: Its ``attack.json``, which gets the target classes and, under ``facts.measured``,
-            what is returned.
+        attack: Its ``attack.json``, or the folder. It and those of further targets there get the
+            target classes and, under ``facts.measured``, what is returned of them.
         encoder: The backdoored checkpoint.
         clean: The clean checkpoint; None for poisoning attacks, which start from none.
         settings: Downstream sets and probes; its own ``attack`` is replaced.
@@ -36,8 +39,8 @@ def measure_attack(
         stop: Polled between images and batches.
 
     Returns:
-        A row for each downstream set, probe and encoder (``teacher`` is the backdoored one):
-        ``dataset``, ``probe``, ``encoder``, ``target``, ``clean_accuracy``,
+        A row for each encoder (``teacher`` is the backdoored one), downstream set, probe and
+        target: ``dataset``, ``probe``, ``encoder``, ``trigger``, ``target``, ``clean_accuracy``,
         ``attack_success_rate``, both shares with their 95 % intervals; the latter is absent where
         every test image is of the target class.
 
@@ -50,24 +53,28 @@ def measure_attack(
     loaded = {role: load_encoder(path, loading) for role, path in files.items()}
     measured = evaluate_encoders(
         loaded,
-        settings.model_copy(update={"attack": attack}),
+        settings.model_copy(update={"attack": attack_path(attack).parent}),
         seed=seed,
         report=report,
         stop=stop,
     )
     rows = [
-        _row(role, entry)
+        _row(role, entry, attacked)
         for role in files
         for entry in measured["encoders"][role].get("downstream", ())
+        for attacked in entry["attacks"]
     ]
-    record_facts(attack, {"measured": rows})
+    targets = attack_files(attack_path(attack).parent)
+    for path, named in zip(targets, measured["attacks"], strict=True):
+        own = [row for row in rows if row["trigger"] == named["trigger"]]
+        record_facts(path, {"measured": own})
     return rows
 
 
-def _row(role: str, entry: dict[str, Any]) -> dict[str, Any]:
-    (attacked,) = entry["attacks"]
+def _row(role: str, entry: dict[str, Any], attacked: dict[str, Any]) -> dict[str, Any]:
     row = {"encoder": role, **{name: entry[name] for name in ("dataset", "probe")}}
-    row |= {"target": attacked["target"], "clean_accuracy": entry["clean_accuracy"]}
+    row |= {name: attacked[name] for name in ("trigger", "target")}
+    row["clean_accuracy"] = entry["clean_accuracy"]
     if "attack_success_rate" in attacked:
         row["attack_success_rate"] = attacked["attack_success_rate"]
     return row

@@ -20,7 +20,7 @@ from mimic_fast.config import EvaluationSettings
 from mimic_fast.data.items import Source
 from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.errors import UsageError
-from mimic_fast.evaluation.attack_file import Attack, write_attack
+from mimic_fast.evaluation.attack_file import Attack, refuse_other_targets, write_attack
 from mimic_fast.evaluation.stamping import Trigger, apply_trigger
 from mimic_fast.evaluation.triggers import named_trigger
 from mimic_fast.pretraining import PretrainSettings, pretrain_on, read_pool
@@ -71,6 +71,7 @@ def poisoned_pretraining(
         raise UsageError(f"{kind} needs data.source (--data) and run.out (--out)")
     if settings.target is None:
         raise UsageError(f"{kind} needs the label of the images that it poisons (--target)")
+    refuse_other_targets(settings.run.out, count=1)
     source, pool, kept = read_pool(settings, report=report)
     rows = rows_of_label(source, kept, settings.target)
     count = count_of(len(pool), len(rows))

@@ -18,14 +18,15 @@ _SHARES = {
     "ra": "robust_accuracy",
 }
 _WITH_INTERVAL = ("ca", "asr")
-_PAIRED = ("ca_minus_teacher", "asr_minus_teacher")
+_PAIRED = ("ca_minus_teacher", "asr_minus_teacher")  # each with McNemar's p as p_NAME
 COLUMNS = (
     *("attack", "defense", "seed", "dataset", "probe"),
     *(f"{name}{end}" for name in _WITH_INTERVAL for end in ("", "_low", "_high")),
     *("asr_all", "base_rate", "ra", "fidelity"),
-    *(f"{name}{end}" for name in _PAIRED for end in ("", "_low", "_high")),
+    *(one for name in _PAIRED for one in (name, f"{name}_low", f"{name}_high", f"p_{name}")),
     *("test_images", "victims", "cpu_seconds", "seconds", "digest"),
 )
+_WITHOUT_P = tuple(name for name in COLUMNS if not name.startswith("p_"))  # files of before it
 Figures = Mapping[str, str]
 
 
@@ -67,6 +68,8 @@ def cell_rows(
 def read_results(path: Path) -> list[dict[str, str]]:
     """Rows of a results file; none if it is not there.
 
+    A file from before the ``p_`` columns is read too; there they are empty.
+
     Raises:
         UsageError: If it has other columns.
     """
@@ -74,9 +77,9 @@ def read_results(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) not in (COLUMNS, _WITHOUT_P):
             raise UsageError(f"{path} is no results file of mimic-fast compare; name another one")
-        return list(reader)
+        return [{name: row.get(name, "") for name in COLUMNS} for row in reader]
 
 
 def write_results(path: Path, rows: Iterable[Figures]) -> None:
@@ -115,8 +118,10 @@ def _paired(measured: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, 
     for found in measured.get("comparisons", ()):
         same = all(found[key] == entry[key] for key in ("dataset", "probe"))
         if same and (found["a"], found["b"]) == ("purified", "teacher"):
-            row |= _measure("ca_minus_teacher", found["clean_accuracy"], interval=True)
-            row |= _measure("asr_minus_teacher", found.get("attack_success_rate"), interval=True)
+            for name, key in zip(_PAIRED, ("clean_accuracy", "attack_success_rate"), strict=True):
+                if key in found:
+                    row |= _measure(name, found[key], interval=True)
+                    row[f"p_{name}"] = found[key]["p"]
     return row
 
 

@@ -16,6 +16,7 @@ from mimic_fast.comparison.settings import MatrixSettings
 from mimic_fast.comparison.table import write_table
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import StoppedError, UsageError
+from mimic_fast.evaluation.attack_file import attack_path
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.progress import Event, Reporter, silent
 
@@ -212,7 +213,7 @@ def _settle_targets(matrix: MatrixSettings, report: Reporter, stop: Callable[[],
         report(Event(phase="compare", message=f"attacks.{name}: working out the target classes"))
         attack = matrix.attacks[name]
         settings = matrix.evaluation.model_copy(
-            update={"attack": attack.attack_file, "probe": ("linear",)}
+            update={"attack": attack_path(attack.attack_file), "probe": ("linear",)}
         )
         teacher = {"teacher": load_encoder(attack.encoder)}
         evaluate_encoders(teacher, settings, seed=matrix.evaluation_seed, report=report, stop=stop)

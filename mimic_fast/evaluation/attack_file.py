@@ -6,6 +6,7 @@ of it is read as untrusted data: paths stay inside the folder and nothing is unp
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,49 @@ def read_attack(path: Path) -> Attack:
         targets=targets,
         facts=content.facts,
     )
+
+
+def attack_files(path: Path) -> tuple[Path, ...]:
+    """The ``attack.json`` that ``path`` is; of a folder its own and its further targets'.
+
+    An attack with several targets leaves ``attack.json`` of the first in its folder and those of
+    the others in ``target_2``, ``target_3``, ... there.
+
+    Raises:
+        UnsafeInputError: If one of these is a link out of the folder.
+        UsageError: If the folder cannot be read.
+    """
+    own = attack_path(path)
+    if not path.is_dir():
+        return (own,)
+    return (own, *(_inside(own, f"{name}/attack.json") for name in further_targets(path)))
+
+
+def further_targets(folder: Path) -> list[str]:
+    """Those of ``target_2``, ``target_3``, ... in a folder that have an ``attack.json``.
+
+    Raises:
+        UsageError: If the folder cannot be read.
+    """
+    try:
+        names = [path.parent.name for path in folder.glob("target_*/attack.json")]
+    except OSError as error:
+        raise UsageError(f"attack {folder} cannot be read: {error}") from None
+    numbers = (re.fullmatch(r"target_([2-9]|[1-9]\d{1,3})", name) for name in names)
+    return [f"target_{n}" for n in sorted(int(number[1]) for number in numbers if number)]
+
+
+def refuse_other_targets(folder: Path, *, count: int) -> None:
+    """Refuses a folder with more targets than an attack writes: they are of an earlier one.
+
+    Raises:
+        UsageError: With the first of them.
+    """
+    left = [name for name in further_targets(folder) if int(name.partition("_")[2]) > count]
+    if left:
+        raise UsageError(
+            f"{folder} holds {left[0]} of an earlier attack; use another --out, or remove it"
+        )
 
 
 def record_targets(path: Path, targets: Mapping[str, int]) -> None:

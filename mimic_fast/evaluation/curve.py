@@ -5,7 +5,7 @@ figures of the report are measured at the end, on all of it.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ class _Snapshot:
 class Curve:
     """Measures the student every few epochs and writes a row.
 
+    Of several attacks ``attack_success_rate`` is the highest, ``attack_success_rates`` has each by
+    its trigger.
+
     Args:
         path: ``curve.jsonl``. Rows of a run that is resumed stay; an epoch that comes again
             replaces its row.
-        settings: Downstream sets (the first is used), attack.
+        settings: Downstream sets (the first is used), attacks.
         teacher: Measured once, for comparison and for the target class.
         seed: As in the evaluation at the end.
     """
@@ -80,15 +83,19 @@ class Curve:
     ) -> dict[str, Any]:
         measured = evaluate_encoders({role: encoder}, self._settings, seed=self._seed, stop=stop)
         (entry,) = measured["encoders"][role]["downstream"]
-        attack: Mapping[str, Any] = next(iter(entry.get("attacks", ())), {})
-        rate = attack.get("attack_success_rate")
+        rates = {
+            attack["trigger"]: attack["attack_success_rate"]["value"]
+            for attack in entry.get("attacks", ())
+            if "attack_success_rate" in attack
+        }
         return {
             "role": role,
             "epoch": epoch,
             "dataset": entry["dataset"],
             "test_images": self._settings.test_images,
             "clean_accuracy": entry["clean_accuracy"]["value"],
-            "attack_success_rate": None if rate is None else rate["value"],
+            "attack_success_rate": max(rates.values(), default=None),
+            **({"attack_success_rates": rates} if len(rates) > 1 else {}),
         }
 
 

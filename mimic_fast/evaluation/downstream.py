@@ -6,7 +6,7 @@ memory does not grow with the set, and each image is decoded once.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,14 +54,15 @@ class EncodedSplit:
         indices: Places of the images that could be read in their source.
         labels: Their classes.
         clean: Features by role.
-        triggered: Features of the same images with the trigger, by role; empty without one.
+        triggered: Features of the same images with each trigger in turn, by role; without a role
+            that has none.
         unreadable: Keys of images that could not be decoded.
     """
 
     indices: Int64[Tensor, "image"]
     labels: Int64[Tensor, "image"]
     clean: Mapping[str, Tensor]
-    triggered: Mapping[str, Tensor]
+    triggered: Mapping[str, tuple[Tensor, ...]]
     unreadable: tuple[str, ...]
 
 
@@ -134,18 +135,20 @@ def encode_split(
     split: Split,
     encoders: Mapping[str, Measurable],
     *,
-    trigger: Trigger | None,
+    triggers: Mapping[str, Sequence[Trigger]],
     batch_size: int,
     cache: Path | None = None,
     report: Reporter = silent,
     stop: Callable[[], bool] = lambda: False,
 ) -> EncodedSplit:
-    """Features of a split under every encoder, clean and (with a trigger) triggered.
+    """Features of a split under every encoder, clean and with triggers.
+
+    Each image is decoded once, and is encoded once untouched, whatever the number of triggers.
 
     Args:
         split: Which images.
         encoders: By role.
-        trigger: Stamped on a second copy of every image.
+        triggers: By role, each stamped on a further copy of every image; none for absent roles.
         batch_size: Images per forward.
         cache: Folder of features computed before; see ``feature_cache``.
         report: Told the number of images done and what was left out.
@@ -157,7 +160,9 @@ def encode_split(
         StoppedError: If ``stop`` told so.
     """
     clean: dict[str, list[Tensor]] = {role: [] for role in encoders}
-    triggered: dict[str, list[Tensor]] = {role: [] for role in encoders}
+    triggered: dict[str, list[list[Tensor]]] = {
+        role: [[] for _ in stamps] for role, stamps in triggers.items() if stamps
+    }
     kept: list[Tensor] = []
     done, total = 0, len(split.indices)
     for positions in torch.arange(total).tensor_split(math.ceil(total / _BLOCK)):
@@ -169,8 +174,8 @@ def encode_split(
                 cached_features, cache, loaded, images, batch_size=batch_size, stop=stop
             )
             clean[role].append(features_of(trigger=None))
-            if trigger is not None:
-                triggered[role].append(features_of(trigger=trigger))
+            for parts, trigger in zip(triggered.get(role, ()), triggers.get(role, ()), strict=True):
+                parts.append(features_of(trigger=trigger))
         done += len(positions)
         report(Event(phase="evaluate", done=done, total=total, unit="images"))
     positions = torch.cat(kept)
@@ -179,7 +184,7 @@ def encode_split(
         indices=split.indices[positions],
         labels=split.labels[positions],
         clean={role: torch.cat(parts) for role, parts in clean.items()},
-        triggered={role: torch.cat(parts) for role, parts in triggered.items() if parts},
+        triggered={role: tuple(map(torch.cat, stamps)) for role, stamps in triggered.items()},
         unreadable=tuple(split.source.keys[int(split.indices[i])] for i in sorted(lost)),
     )
 

@@ -4,21 +4,17 @@ For one downstream set and one probe fitted on frozen features (or the encoder f
 accuracy is the probe's top-1; ASR the share of triggered images *not of the target class* that it
 calls the target (the demo counts those of the target class too: ``attack_success_rate_all``); RA
 the share of the former still given their true class. The target is fixed once on the teacher and
-kept for every encoder.
+kept for every encoder. Several attacks, such as the targets of one encoder, are measured together.
 """
 
-import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
 
 from mimic_fast.config import EvaluationSettings
-from mimic_fast.data.images import center_square, resized, with_channels
-from mimic_fast.errors import MachineError, UsageError
-from mimic_fast.evaluation.attack_file import Attack, read_attack, record_targets
+from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.downstream import (
     DownstreamSet,
     EncodedSplit,
@@ -26,7 +22,6 @@ from mimic_fast.evaluation.downstream import (
     open_downstream,
 )
 from mimic_fast.evaluation.feature_cache import Measurable
-from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.fine_tuning import fine_tuned
 from mimic_fast.evaluation.mlp_probe import fit_mlp_probe
 from mimic_fast.evaluation.probes import Probe, fit_knn_probe, fit_linear_probe
@@ -37,10 +32,15 @@ from mimic_fast.evaluation.scores import (
     downstream_entry,
     example_rows,
 )
+from mimic_fast.evaluation.targets import (
+    NamedAttack,
+    read_attacks,
+    record,
+    target_classes,
+    without_target,
+)
 from mimic_fast.progress import Reporter, silent
 from mimic_fast.watch import leave_if
-
-Probes = Mapping[tuple[str, str], Probe]  # by role and probe name
 
 _FINE_TUNE = "fine_tune"
 
@@ -56,57 +56,57 @@ def evaluate_encoders(
     """Measures encoders on every downstream set of the settings.
 
     Roles are ``teacher`` (the suspect), ``purified``, ``student_only``, ``clean``; others are
-    measured alike but not compared. Targets worked out here are recorded in ``attack.json``.
+    measured alike but not compared. Targets worked out here are recorded in each ``attack.json``.
 
     Args:
         encoders: By role; each as loaded from its file.
-        settings: Downstream sets, attack, probes.
+        settings: Downstream sets, attacks, probes.
         seed: Draws the labeled subset and the test images.
-        report: Told the number of images done and what was left out.
+        report: Told the number of images done, what was left out, and of further targets.
         stop: Polled between images, batches and fits; true leaves.
 
     Returns:
         ``encoders``, ``comparisons`` (paired differences, purified minus each of the others),
-        ``attack``, ``datasets`` and ``examples`` (a few test images and what each encoder's probe
-        says) of report.json. What was not measured is absent.
+        ``attacks`` and ``attack`` (the first of them), ``datasets`` and ``examples`` (a few test
+        images and what each encoder's probe says) of report.json. An attack is named by its
+        ``trigger`` everywhere. What was not measured is absent.
 
     Raises:
-        UsageError: If a source has no labels, no teacher is there to work out the target with, or
-            two sets share a name.
+        UsageError: If a source has no labels, no teacher is there to work out the target with, two
+            sets share a name, or two attacks a trigger.
         UnsafeInputError: If an encoder gives features that are not finite.
         StoppedError: If ``stop`` told so.
     """
-    attack = None if settings.attack is None else read_attack(settings.attack)
+    attacks = read_attacks(settings.attacks, report=report)
     names = [downstream.name for downstream in settings.downstream]
     if len(set(names)) != len(names):
         raise UsageError(f"downstream sets need different names, got {', '.join(names)}")
     result: dict[str, Any] = {
         "encoders": {role: {"sha256": loaded.sha256} for role, loaded in encoders.items()}
     }
-    if attack is not None:
-        result["attack"] = {"kind": attack.kind, "trigger": attack.trigger.name}
-    targets: dict[str, int] = {}
+    if attacks:
+        listed = [{"kind": one.attack.kind, "trigger": one.name} for one in attacks]
+        result |= {"attack": listed[0], "attacks": listed}
+    targets: dict[str, list[int]] = {}
     for downstream in settings.downstream:
         data = open_downstream(downstream, settings, seed=seed)
-        scores, facts = _measure(data, encoders, attack, settings, seed, report, stop)
+        scores, facts = _measure(data, encoders, attacks, settings, seed, report, stop)
         _add(result, scores, facts)
-        targets |= {score.dataset: score.stamped.target for score in scores if score.stamped}
-    if settings.attack is not None and targets:
-        _record(settings.attack, targets)
+        targets |= {score.dataset: [one.target for one in score.stamped] for score in scores}
+    record(attacks, targets)
     return result
 
 
 def _measure(
     data: DownstreamSet,
     encoders: Mapping[str, Measurable],
-    attack: Attack | None,
+    attacks: Sequence[NamedAttack],
     settings: EvaluationSettings,
     seed: int,
     report: Reporter,
     stop: Callable[[], bool],
 ) -> tuple[list[Score], dict[str, Any]]:
     """Scores of every encoder and probe, and the facts about the set for ``datasets``."""
-    trigger = None if attack is None else attack.trigger
     encoded = partial(
         encode_split,
         batch_size=settings.batch_size,
@@ -114,34 +114,38 @@ def _measure(
         report=report,
         stop=stop,
     )
-    train = encoded(data.train, encoders, trigger=None)
-    probes = {
-        (role, name): _fit(
-            name, train.clean[role], train.labels, data.num_classes, settings, seed, stop
+    unknown = without_target(data, attacks)
+    if unknown and "teacher" not in encoders:
+        raise UsageError(
+            f"attack.json has no target for '{data.name}', and it is the teacher's probe that says "
+            "it; give the teacher too"
         )
-        for role in encoders
-        for name in settings.probe
-        if name != _FINE_TUNE
-    }
-    target = None
-    if attack is not None:
-        target = _target(data, train, encoders, attack, probes, settings, seed, stop)
-    test = encoded(data.test, encoders, trigger=trigger)
+    poisoning = [attack.trigger for attack in unknown if attack.reference is None]
+    train = encoded(data.train, encoders, triggers={"teacher": poisoning} if poisoning else {})
+    fit = partial(_fit, train=train, data=data, settings=settings, seed=seed, stop=stop)
+    frozen = [name for name in settings.probe if name != _FINE_TUNE]
+    probes = {(role, name): fit(role, name) for role in encoders for name in frozen}
+    targets = target_classes(
+        data,
+        attacks,
+        teacher=encoders["teacher"].encoder if unknown else None,
+        plain=train.clean.get("teacher"),
+        triggered=train.triggered.get("teacher", ()),
+        probe=cache(lambda: probes.get(("teacher", "linear")) or fit("teacher", "linear")),
+    )
+    aims = [(one.name, target) for one, target in zip(attacks, targets, strict=True)]
+    triggers = [one.attack.trigger for one in attacks]
+    test = encoded(data.test, encoders, triggers=dict.fromkeys(encoders, triggers))
     scores: list[Score] = []
     for (role, name), probe in probes.items():
         leave_if(stop)
-        triggered = None if trigger is None else probe.predict(test.triggered[role])
-        predicted = probe.predict(test.clean[role]), triggered
-        scores.append(_score(data, role, name, probe.train_images, test, predicted, attack, target))
+        scores.append(_score(data, role, name, probe.train_images, test, probe.predict, aims))
     if _FINE_TUNE in settings.probe:
         for role, loaded in encoders.items():
             tuned = fine_tuned(loaded.encoder, data, settings, seed=seed, report=report, stop=stop)
-            split = encoded(data.test, {role: tuned}, trigger=trigger)
-            triggered = None if trigger is None else split.triggered[role].argmax(1)
-            predicted = split.clean[role].argmax(1), triggered
-            scores.append(
-                _score(data, role, _FINE_TUNE, tuned.train_images, split, predicted, attack, target)
-            )
+            split = encoded(data.test, {role: tuned}, triggers={role: triggers})
+            count = tuned.train_images
+            scores.append(_score(data, role, _FINE_TUNE, count, split, _largest, aims))
     facts = {
         "name": data.name,
         "train": data.train.source.name,
@@ -156,14 +160,16 @@ def _measure(
 
 
 def _fit(
+    role: str,
     name: str,
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
+    *,
+    train: EncodedSplit,
+    data: DownstreamSet,
     settings: EvaluationSettings,
     seed: int,
     stop: Callable[[], bool],
 ) -> Probe:
+    features, labels, num_classes = train.clean[role], train.labels, data.num_classes
     if name == "linear":
         return fit_linear_probe(
             features, labels, num_classes=num_classes, l2=settings.probe_l2, stop=stop
@@ -180,19 +186,22 @@ def _fit(
     return fit_knn_probe(features, labels, num_classes=num_classes)
 
 
+def _largest(logits: Tensor) -> Tensor:
+    """Classes where the encoder itself was given a head."""
+    return logits.argmax(1)
+
+
 def _score(
     data: DownstreamSet,
     role: str,
     probe: str,
     train_images: int,
     test: EncodedSplit,
-    predicted: tuple[Tensor, Tensor | None],
-    attack: Attack | None,
-    target: int | None,
+    predict: Callable[[Tensor], Tensor],
+    aims: Sequence[tuple[str, int]],
 ) -> Score:
-    stamped, (clean, triggered) = None, predicted
-    if attack is not None and target is not None and triggered is not None:
-        stamped = Stamped(trigger=attack.trigger.name, target=target, predicted=triggered)
+    """What a classifier of features says; ``aims`` are name and target of each attack."""
+    triggered = test.triggered.get(role, ())
     return Score(
         dataset=data.name,
         role=role,
@@ -200,59 +209,12 @@ def _score(
         train_images=train_images,
         indices=test.indices,
         labels=test.labels,
-        predicted=clean,
-        stamped=stamped,
+        predicted=predict(test.clean[role]),
+        stamped=tuple(
+            Stamped(trigger=name, target=target, predicted=predict(features))
+            for (name, target), features in zip(aims, triggered, strict=True)
+        ),
     )
-
-
-def _target(
-    data: DownstreamSet,
-    train: EncodedSplit,
-    encoders: Mapping[str, Measurable],
-    attack: Attack,
-    probes: Probes,
-    settings: EvaluationSettings,
-    seed: int,
-    stop: Callable[[], bool],
-) -> int:
-    """The attack's class on this set: as recorded, else as the teacher's linear probe says."""
-    if data.name in attack.targets:
-        return _known_target(data, attack)
-    if "teacher" not in encoders:
-        raise UsageError(
-            f"attack.json has no target for '{data.name}', and it is the teacher's probe that says "
-            "it; give the teacher too"
-        )
-    teacher = encoders["teacher"]
-    probe = probes.get(("teacher", "linear")) or _fit(
-        "linear", train.clean["teacher"], train.labels, data.num_classes, settings, seed, stop
-    )
-    if attack.reference is not None:
-        spec = teacher.encoder.spec
-        image = with_channels(center_square(attack.reference), spec.in_channels)
-        features = encode(teacher.encoder, resized(image, spec.image_size)[None])
-    else:  # a poisoning attack: the class that most triggered training images go to
-        only_teacher = {"teacher": teacher}
-        split = encode_split(
-            data.train,
-            only_teacher,
-            trigger=attack.trigger,
-            batch_size=settings.batch_size,
-            cache=settings.cache,
-            stop=stop,
-        )
-        features = split.triggered["teacher"]
-    return int(probe.predict(features).mode().values)
-
-
-def _known_target(data: DownstreamSet, attack: Attack) -> int:
-    target = attack.targets[data.name]
-    if target >= data.num_classes:
-        raise UsageError(
-            f"attack.json: target {target} of '{data.name}' is not one of its {data.num_classes} "
-            "classes; correct or remove it"
-        )
-    return target
 
 
 def _add(result: dict[str, Any], scores: list[Score], facts: dict[str, Any]) -> None:
@@ -265,10 +227,3 @@ def _add(result: dict[str, Any], scores: list[Score], facts: dict[str, Any]) -> 
     result.setdefault("examples", []).append(
         {"dataset": facts["name"], "images": example_rows(scores)}
     )
-
-
-def _record(path: Path, targets: Mapping[str, int]) -> None:
-    try:
-        record_targets(path, targets)
-    except MachineError as error:  # the figures stand, and report.json names the targets
-        warnings.warn(f"targets not recorded: {error}", RuntimeWarning, stacklevel=3)

@@ -47,6 +47,10 @@ def build_report(
 ) -> dict[str, Any]:
     """The content of report.json, schema 1. What was not measured is absent.
 
+    Keys were added since without a new number: ``attacks`` (all; ``attack`` is the first of them),
+    and in ``comparisons`` the row's ``trigger`` (with several attacks a row for each) and ``p``
+    (McNemar's) beside each difference.
+
     Args:
         evaluation: Result of ``evaluate_encoders``; without labels just
             ``{"encoders": {ROLE: {"sha256": ...}}}``.

@@ -1,6 +1,7 @@
 """The figures of a report that need encoders and images."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.triggers import apply_trigger, fit_trigger
 from mimic_fast.report.attention import attention_figure
 from mimic_fast.report.clean_sheet import clean_sample_figure
-from mimic_fast.report.examples import target_of
+from mimic_fast.report.examples import first_of, target_of
 from mimic_fast.report.feature_plot import feature_figure
 from mimic_fast.report.figures import Figure
 from mimic_fast.watch import leave_if
@@ -37,6 +38,8 @@ def draw_figures(
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Figure]:
     """Attention maps, features and clean sample, as far as there is something to show.
+
+    Of several attacks the first is shown, and the captions say so.
 
     Args:
         encoders: By role; teacher and purified are shown.
@@ -89,8 +92,8 @@ def _with_labels(
     labels = torch.tensor([by_index[index] for index in kept])
     target = target_of(evaluation, settings.downstream[0].name)
     trigger = None
-    if settings.attack is not None:
-        trigger = read_attack(settings.attack).trigger
+    if settings.attacks:
+        trigger = read_attack(settings.attacks[0]).trigger
         trigger = fit_trigger(trigger, image_size=spec.image_size, channels=spec.in_channels)
     clean = {role: encode(encoder, images, stop=stop) for role, encoder in shown.items()}
     stamped: dict[str, Tensor] = {}
@@ -100,14 +103,16 @@ def _with_labels(
             for role, encoder in shown.items()
         }
     leave_if(stop)
-    figures = [feature_figure(clean, stamped, labels=labels, target=target)]
+    features = feature_figure(clean, stamped, labels=labels, target=target)
     others = images if target is None else images[labels != target]
     triggered = None
     if trigger is not None:
         pixels = apply_trigger(others.float() / 255, trigger)
         triggered = (pixels * 255).round().to(torch.uint8)
     drawn = attention_figure(shown, _taps(shown, taps), others, triggered, power=power)
-    return figures if drawn is None else [drawn, *figures]
+    figures = [features] if drawn is None else [drawn, features]
+    said = first_of(evaluation)
+    return [replace(figure, caption=figure.caption + said) for figure in figures]
 
 
 def _taps(shown: Mapping[str, Encoder], taps: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +44,8 @@ def load_examples(
 ) -> tuple[Example, ...]:
     """The example images of the first downstream set, as encoders see them.
 
+    Of several attacks the first is shown.
+
     Args:
         evaluation: Result of ``evaluate_encoders``.
         settings: The settings it was called with.
@@ -63,7 +64,7 @@ def load_examples(
     images, kept = load_images(
         source, indices, image_size=image_size, channels=channels, evaluation=True
     )
-    stamped = _stamped(images, settings.attack)
+    stamped = _stamped(images, settings)
     target = target_of(evaluation, facts["name"])
     examples: list[Example] = []
     for position, index in enumerate(kept):
@@ -110,22 +111,30 @@ def _example(
     )
 
 
-def _stamped(images: Tensor, attack: Path | None) -> Tensor | None:
-    if attack is None:
+def _stamped(images: Tensor, settings: EvaluationSettings) -> Tensor | None:
+    if not settings.attacks:
         return None
-    trigger = read_attack(attack).trigger
+    trigger = read_attack(settings.attacks[0]).trigger
     trigger = fit_trigger(trigger, image_size=images.shape[-1], channels=images.shape[1])
     return (apply_trigger(images.float() / 255, trigger) * 255).round().to(torch.uint8)
 
 
 def target_of(evaluation: Mapping[str, Any], dataset: str) -> int | None:
-    """The attack's class on a downstream set; None without an attack."""
+    """The class of the first attack on a downstream set; None without an attack."""
     for encoder in evaluation["encoders"].values():
         for entry in encoder.get("downstream", ()):
             for attack in entry.get("attacks", ()):
                 if entry["dataset"] == dataset:
                     return attack["target"]
     return None
+
+
+def first_of(evaluation: Mapping[str, Any]) -> str:
+    """A sentence, after a space, that of several triggers the first is shown; else nothing."""
+    attacks = evaluation.get("attacks", ())
+    if len(attacks) < 2:
+        return ""
+    return f" Of the {len(attacks)} triggers the first, {attacks[0]['trigger']}, is shown."
 
 
 def _name(names: list[str], index: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mimic_fast.evaluation.curve import read_curve
-from mimic_fast.report.examples import Example
+from mimic_fast.report.examples import Example, first_of
 from mimic_fast.report.figures import Figure
 from mimic_fast.report.plots import (
     by_role,
@@ -16,7 +16,7 @@ from mimic_fast.report.plots import (
     outcome_chart,
     role_title,
 )
-from mimic_fast.report.verdict import percent, points
+from mimic_fast.report.verdict import p_value, percent, points
 
 
 def render_report(
@@ -46,6 +46,7 @@ def render_report(
     environment.filters.update(
         percent=percent,
         points=lambda measure: _typeset(points(measure)),
+        p_value=p_value,
         typeset=_typeset,
         interval=_interval,
         role=role_title,
@@ -63,6 +64,7 @@ def render_report(
         outcome_curves=None
         if metrics is None
         else curve_chart(read_curve(metrics.with_name("curve.jsonl"))),
+        shown=first_of(report),
         scans=_scans(report),
         examples=examples,
         figures={figure.name: figure for figure in figures},
@@ -70,37 +72,48 @@ def render_report(
 
 
 def _tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One before/after table per downstream set and probe, rows in the order of roles."""
+    """One before/after table per downstream set, probe and attack, rows in the order of roles."""
     encoders = report.get("encoders", {})
     names = {facts["name"]: facts for facts in report.get("datasets", ())}
-    tables: dict[tuple[str, str], dict[str, Any]] = {}
+    entries: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = {}
     for role in by_role(encoders):
         for entry in encoders[role].get("downstream", ()):
-            key = entry["dataset"], entry["probe"]
-            table = tables.setdefault(
-                key, {"dataset": key[0], "probe": key[1], "facts": names.get(key[0]), "rows": []}
-            )
-            attack = next(iter(entry.get("attacks", ())), {})
-            table["rows"].append({"role": role, "entry": entry, "attack": attack})
-    for (dataset, probe), table in tables.items():
-        table["target"] = _target_name(table)
-        table["attacked"] = any(row["attack"] for row in table["rows"])
-        table["comparisons"] = [
-            row
-            for row in report.get("comparisons", ())
-            if (row["dataset"], row["probe"]) == (dataset, probe)
-        ]
-        table["chart"] = outcome_chart(
-            [
-                (
-                    row["role"],
-                    row["entry"]["clean_accuracy"],
-                    row["attack"].get("attack_success_rate"),
-                )
-                for row in table["rows"]
+            entries.setdefault((entry["dataset"], entry["probe"]), []).append((role, entry))
+    tables: list[dict[str, Any]] = []
+    for (dataset, probe), found in entries.items():
+        attacks = (attack for _, entry in found for attack in entry.get("attacks", ()))
+        triggers = list(dict.fromkeys(attack["trigger"] for attack in attacks))
+        for trigger in triggers or [None]:
+            table = {"dataset": dataset, "probe": probe, "facts": names.get(dataset)}
+            table["trigger"] = trigger if len(triggers) > 1 else None
+            table["rows"] = [
+                {"role": role, "entry": entry, "attack": _attack_of(entry, trigger)}
+                for role, entry in found
             ]
-        )
-    return list(tables.values())
+            table["attacked"] = trigger is not None
+            table["target"] = _target_name(table)
+            table["comparisons"] = [
+                row
+                for row in report.get("comparisons", ())
+                if (row["dataset"], row["probe"]) == (dataset, probe)
+                and row.get("trigger") in (None, trigger)
+            ]
+            table["chart"] = _chart(table["rows"])
+            tables.append(table)
+    return tables
+
+
+def _attack_of(entry: Mapping[str, Any], trigger: str | None) -> Mapping[str, Any]:
+    return next((one for one in entry.get("attacks", ()) if one["trigger"] == trigger), {})
+
+
+def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
+    return outcome_chart(
+        [
+            (row["role"], row["entry"]["clean_accuracy"], row["attack"].get("attack_success_rate"))
+            for row in rows
+        ]
+    )
 
 
 def _scans(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What the figures of a report allow to be said, in one line, and what they do not."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,7 @@ class _Case:
 
     dataset: str
     probe: str
+    trigger: str | None  # which attack; None where none was measured
     rates: Mapping[str, Mapping[str, float]]
     accuracies: Mapping[str, Mapping[str, float]]
     differences: Mapping[str, Mapping[str, Any]]  # purified minus ROLE
@@ -50,9 +52,12 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     worst = min(cases, key=_severity)
     details = _details(worst)
     if len(cases) > 1:
-        details.insert(
-            0, f"The worst of {len(cases)} measurements: {worst.dataset}, {worst.probe}."
-        )
+        details.insert(0, f"The worst of {len(cases)} measurements: {_place(worst, cases)}.")
+        level = _level(worst)
+        hidden = [case for case in cases if _level(case) == "not_shown" != level]
+        if hidden and _several(cases):
+            named = "; ".join(_place(case, cases) for case in hidden)
+            details.append(f"No backdoor shown in the teacher: {named}.")
     return {
         "level": _level(worst),
         "text": f"{_headline(worst, cases)}: {_figures(worst)}",
@@ -83,6 +88,13 @@ def percent(value: float | int) -> str:
     return f"{100 * value:.1f} %"
 
 
+def p_value(p: float) -> str:
+    """``p = 0.034``, two digits; ``p < 0.001`` below that."""
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.{max(2, 1 - math.floor(math.log10(p)))}f}"
+
+
 def points(measure: Mapping[str, float]) -> str:
     """A difference of shares in percentage points with its interval."""
     # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
@@ -107,6 +119,7 @@ def _cases(report: Mapping[str, Any]) -> Iterator[_Case]:
         yield _Case(
             dataset=dataset,
             probe=probe,
+            trigger=trigger,
             rates={
                 role: attack["attack_success_rate"]
                 for role, entry in same.items()
@@ -118,8 +131,18 @@ def _cases(report: Mapping[str, Any]) -> Iterator[_Case]:
                 row["b"]: row
                 for row in report.get("comparisons", ())
                 if (row["a"], row["dataset"], row["probe"]) == ("purified", dataset, probe)
+                and row.get("trigger") in (None, trigger)
             },
         )
+
+
+def _several(cases: Sequence[_Case]) -> bool:
+    return len({case.trigger for case in cases}) > 1
+
+
+def _place(case: _Case, cases: Sequence[_Case]) -> str:
+    where = f"{case.dataset}, {case.probe}"
+    return f"{where}, trigger {case.trigger}" if _several(cases) else where
 
 
 def _severity(case: _Case) -> tuple[int, float]:
@@ -145,12 +168,14 @@ def _level(case: _Case) -> Level:
 
 
 def _headline(worst: _Case, cases: Sequence[_Case]) -> str:
-    level = _level(worst)
+    head = _HEADLINE[_level(worst)]
+    if _several(cases):
+        head = head.replace("this trigger", "these triggers")
     costly = any(
         case.accuracies["teacher"]["value"] - case.accuracies["purified"]["value"] > _ACCURACY_COST
         for case in cases
     )
-    return _HEADLINE[level] + (", at a cost in accuracy" if costly else "")
+    return head + (", at a cost in accuracy" if costly else "")
 
 
 def _figures(case: _Case) -> str:
@@ -183,8 +208,8 @@ def _limits_of_measurement(report: Mapping[str, Any], cases: Sequence[_Case]) ->
     found: list[str] = []
     if any(case.rates for case in cases):
         found.append(
-            "No proof of absence: the figures hold for the trigger and the downstream sets "
-            "measured. Another trigger may still work."
+            f"No proof of absence: the figures hold for the trigger{'s' * _several(cases)} and the "
+            "downstream sets measured. Another trigger may still work."
         )
     else:
         found.append(
@@ -214,7 +239,8 @@ def _without_rates(report: Mapping[str, Any]) -> dict[str, Any]:
             rate = case.rates.get(role)
             asr = "" if rate is None else f", ASR {percent(rate['value'])}"
             name = role.replace("_", "-")
-            parts.append(f"{name} accuracy {percent(accuracy['value'])}{asr} ({case.dataset})")
+            place = case.dataset + (f", trigger {case.trigger}" if _several(cases) else "")
+            parts.append(f"{name} accuracy {percent(accuracy['value'])}{asr} ({place})")
     if any(case.rates for case in cases):
         return {"level": "not_measured", "text": f"Measured: {'; '.join(parts)}", "details": []}
     things = [name for name in ("agreement",) if name in report] + ["accuracy"] * bool(parts)

@@ -103,7 +103,7 @@ def test_divergence_is_no_encoder(settings, tmp_path: Path):
     assert not (tmp_path / "out" / "encoder.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["encoder.safetensors", "attack.json"])
+@pytest.mark.parametrize("name", ["encoder.safetensors", "attack.json", "target_2"])
 def test_a_folder_with_an_encoder_or_an_attack_is_not_written_to(settings, tmp_path, name):
     held = tmp_path / "used" / name
     held.parent.mkdir()

@@ -195,5 +195,6 @@ def test_measured_success_is_kept_in_the_attack_file(make, images, tmp_path):
     assert kept.facts["measured"] == rows
     assert kept.facts["poisoned_images"] == 12
     assert kept.targets == {"blobs": row["target"]}
+    assert row["trigger"] == kept.trigger.name
     assert row["attack_success_rate"]["n"] == 24
     assert row["clean_accuracy"]["n"] == 48

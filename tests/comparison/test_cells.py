@@ -158,3 +158,19 @@ def test_every_cell_of_the_map_has_its_number_in_readable_ink():
         assert (light + 0.05) / (dark + 0.05) >= 4.5, back  # WCAG AA
     shades = [luminance(back) for back, _, _ in cells[:11]]
     assert shades == sorted(shades, reverse=True)  # reads in gray
+
+
+def test_results_of_before_the_p_columns_are_read(tmp_path):
+    older = [name for name in COLUMNS if not name.startswith("p_")]
+    assert len(older) == len(COLUMNS) - 2
+    (tmp_path / "r.csv").write_text(
+        ",".join(older) + "\n" + ",".join(f"v{place}" for place in range(len(older))) + "\n"
+    )
+
+    (read,) = read_results(tmp_path / "r.csv")
+
+    assert tuple(read) == COLUMNS
+    assert read["p_ca_minus_teacher"] == read["p_asr_minus_teacher"] == ""
+    assert [read[name] for name in older] == [f"v{place}" for place in range(len(older))]
+    write_results(tmp_path / "r.csv", [read])
+    assert read_results(tmp_path / "r.csv") == [read]

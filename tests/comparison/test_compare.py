@@ -65,6 +65,8 @@ def test_every_cell_is_run_once_and_its_figures_stand_in_all_tables(matrix, file
         assert row["victims"] == "10"
         if row["defense"] == "none":
             assert float(row["ca_minus_teacher"]) == float(row["asr_minus_teacher"]) == 0
+            assert row["p_ca_minus_teacher"] == row["p_asr_minus_teacher"] == "1"
+        assert 0 < float(row["p_ca_minus_teacher"]) <= 1
     # The target is what the teacher's probe says, and was settled before the cells ran.
     assert set(read_attack(files / "first").targets) == {"toy"}
     by_seed = {row["seed"]: row["digest"] for row in found if row["defense"] == "hardened"}

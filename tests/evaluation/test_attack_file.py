@@ -7,7 +7,14 @@ import torch
 from PIL import Image
 
 from mimic_fast.errors import MachineError, UnsafeInputError, UsageError
-from mimic_fast.evaluation.attack_file import Attack, read_attack, record_targets, write_attack
+from mimic_fast.evaluation.attack_file import (
+    Attack,
+    attack_files,
+    read_attack,
+    record_targets,
+    refuse_other_targets,
+    write_attack,
+)
 from mimic_fast.evaluation.triggers import white_patch
 
 
@@ -165,3 +172,36 @@ def test_folder_that_cannot_be_written_is_the_machines_fault(tmp_path):
 
     with pytest.raises(MachineError, match="cannot write"):
         write_attack(tmp_path / "file" / "attack", make_attack())
+
+
+@pytest.fixture
+def several(tmp_path):
+    """An attack with targets 2, 3 and 10, and what is none."""
+    folder = tmp_path / "several"
+    for name in (".", "target_10", "target_3", "target_2", "target_1", "target_02", "target_x"):
+        write_attack(folder / name, make_attack())
+    (folder / "target_4").mkdir()
+    return folder
+
+
+def test_folder_has_its_further_targets_in_order_and_a_file_none(several):
+    further = [several / name / "attack.json" for name in ("target_2", "target_3", "target_10")]
+
+    assert attack_files(several) == (several / "attack.json", *further)
+    assert attack_files(several / "attack.json") == (several / "attack.json",)
+    assert attack_files(several / "target_3") == (several / "target_3" / "attack.json",)
+
+
+def test_target_that_is_a_link_out_of_the_folder_is_refused(several, tmp_path):
+    write_attack(tmp_path / "outside", make_attack())
+    (several / "target_5").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(UnsafeInputError, match=r"target_5/attack.json' outside its folder"):
+        attack_files(several)
+
+
+def test_folder_with_targets_of_an_earlier_attack_is_refused(several, tmp_path):
+    with pytest.raises(UsageError, match="holds target_10 of an earlier attack"):
+        refuse_other_targets(several, count=3)
+    refuse_other_targets(several, count=10)
+    refuse_other_targets(tmp_path / "none", count=1)

@@ -16,7 +16,7 @@ from mimic_fast.evaluation.downstream import (
     open_downstream,
 )
 from mimic_fast.evaluation.features import encode
-from mimic_fast.evaluation.triggers import white_patch
+from mimic_fast.evaluation.triggers import sinusoid, white_patch
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -99,16 +99,20 @@ def test_splits_of_different_tasks_are_refused(task, tmp_path, write_images):
 
 def test_every_encoder_sees_the_same_images_as_alone(task, encoders):
     data = open_downstream(task, EvaluationSettings(test_images=20), seed=0)
-    trigger = white_patch(image_size=16, channels=3)
+    stamps = (sinusoid(image_size=16, channels=3), white_patch(image_size=16, channels=3))
 
-    together = encode_split(data.test, encoders, trigger=trigger, batch_size=7)
+    together = encode_split(
+        data.test, encoders, triggers=dict.fromkeys(encoders, stamps), batch_size=7
+    )
 
     assert torch.equal(together.labels, data.test.labels)
     for role, loaded in encoders.items():
-        alone = encode_split(data.test, {role: loaded}, trigger=trigger, batch_size=20)
+        alone = encode_split(data.test, {role: loaded}, triggers={role: stamps[1:]}, batch_size=20)
         torch.testing.assert_close(together.clean[role], alone.clean[role])
-        torch.testing.assert_close(together.triggered[role], alone.triggered[role])
-    assert not torch.equal(together.clean["purified"], together.triggered["purified"])
+        torch.testing.assert_close(together.triggered[role][1], *alone.triggered[role])
+    features = (together.clean["purified"], *together.triggered["purified"])
+    for place, one in enumerate(features):
+        assert not any(torch.equal(one, other) for other in features[:place])
 
 
 def test_features_come_in_the_order_of_the_split_across_blocks(tmp_path, encoders, write_images):
@@ -118,7 +122,7 @@ def test_features_come_in_the_order_of_the_split_across_blocks(tmp_path, encoder
     events = []
 
     encoded = encode_split(
-        split, {"clean": encoders["clean"]}, trigger=None, batch_size=256, report=events.append
+        split, {"clean": encoders["clean"]}, triggers={}, batch_size=256, report=events.append
     )
 
     pixels = torch.stack([split.source.decode(split.source.read(i)) for i in range(1200)])
@@ -143,7 +147,7 @@ def test_unreadable_images_are_left_out_and_named(task, tmp_path, encoders):
     encoded = encode_split(
         data.test,
         encoders,
-        trigger=None,
+        triggers={},
         batch_size=64,
         report=lambda event: messages.append(event.message),
     )
@@ -165,4 +169,4 @@ def test_a_set_with_no_readable_image_is_refused(task, tmp_path, encoders):
     )
 
     with pytest.raises(UnsafeInputError, match="none of 3 images"):
-        encode_split(data.test, encoders, trigger=None, batch_size=8)
+        encode_split(data.test, encoders, triggers={}, batch_size=8)

@@ -1,16 +1,19 @@
 """Intervals against independent computations and published figures."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar as oracle
 
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.metrics import (
     Measure,
+    mcnemar,
     mean_measure,
     measure_json,
     paired_difference,
@@ -71,7 +74,52 @@ def test_paired_difference_matches_newcombes_published_interval():
     assert measure.n == 50
 
 
-@given(cells=st.tuples(*[st.integers(0, 60)] * 4).filter(lambda cells: sum(cells) > 0))
+CELLS = st.tuples(*[st.integers(0, 60)] * 4).filter(lambda cells: sum(cells) > 0)
+
+
+@given(cells=CELLS)
+def test_mcnemar_is_the_exact_test_of_statsmodels_in_either_order(cells):
+    a, b = paired(*cells)
+    both, only_a, only_b, neither = cells
+
+    p = mcnemar(a, b)
+
+    expected: Any = oracle([[both, only_a], [only_b, neither]], exact=True)
+    assert p == pytest.approx(float(expected.pvalue), rel=1e-9)
+    assert mcnemar(b, a) == p
+    assert 0 < p <= 1
+    assert p == 1 or abs(only_a - only_b) > 1
+
+
+@pytest.mark.parametrize(
+    "cells", [(700, 4600, 4900, 9), (0, 9000, 8000, 0), (5, 30_000, 29_400, 2)]
+)
+def test_mcnemar_stays_exact_for_many_pairs(cells):
+    both, only_a, only_b, neither = cells
+
+    p = mcnemar(*paired(*cells))
+
+    expected: Any = oracle([[both, only_a], [only_b, neither]], exact=True)
+    assert p == pytest.approx(float(expected.pvalue), rel=1e-8)
+
+
+def test_mcnemar_at_its_ends():
+    flags = torch.tensor([True, False, True])
+
+    assert mcnemar(flags, flags) == 1
+    assert mcnemar(*paired(0, 5, 0, 0)) == pytest.approx(2 / 2**5)
+    assert 0 < mcnemar(*paired(0, 5000, 0, 0)) < 1e-300
+
+
+def test_mcnemar_needs_the_same_images():
+    flags = torch.tensor([True, False])
+    with pytest.raises(UsageError, match="same images, got 2 and 1"):
+        mcnemar(flags, flags[:1])
+    with pytest.raises(UsageError, match="same images, got 0 and 0"):
+        mcnemar(flags[:0], flags[:0])
+
+
+@given(cells=CELLS)
 def test_paired_difference_is_antisymmetric_and_bounded(cells):
     a, b = paired(*cells)
 

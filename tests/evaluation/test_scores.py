@@ -1,5 +1,7 @@
 """Entries of report.json from predictions small enough to count by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,9 +18,9 @@ TARGET = 2
 
 
 def score(role: str, clean: list[int], triggered: list[int] | None, probe: str = "linear") -> Score:
-    stamped = None
+    stamped = ()
     if triggered is not None:
-        stamped = Stamped(trigger="patch", target=TARGET, predicted=torch.tensor(triggered))
+        stamped = (Stamped(trigger="patch", target=TARGET, predicted=torch.tensor(triggered)),)
     return Score(
         dataset="toy",
         role=role,
@@ -103,7 +105,7 @@ def test_where_all_images_are_of_the_target_class_only_the_overall_rate_is_there
         indices=torch.arange(8),
         labels=labels,
         predicted=labels,
-        stamped=Stamped(trigger="patch", target=TARGET, predicted=labels),
+        stamped=(Stamped(trigger="patch", target=TARGET, predicted=labels),),
     )
 
     attack = downstream_entry(entry, [entry])["attacks"][0]
@@ -141,3 +143,59 @@ def test_examples_are_the_first_of_each_class_but_the_target(scores):
     assert [(row["index"], row["label"]) for row in rows] == [(100, 0), (102, 1)]
     assert rows[0]["predicted"]["teacher"] == {"clean": 0, "triggered": 2}
     assert rows[0]["predicted"]["purified"] == {"clean": 0, "triggered": 0}
+
+
+def test_differences_have_mcnemars_p(scores):
+    rows = {row["b"]: row for row in comparisons(scores)}
+
+    # purified and teacher disagree on one image; three of four are no longer called the target
+    assert rows["teacher"]["clean_accuracy"]["p"] == 1
+    assert rows["teacher"]["attack_success_rate"]["p"] == pytest.approx(2 / 2**3)
+
+
+def two(role: str, clean: list[int], first: list[int], second: list[int]) -> Score:
+    """With a second attack, which aims at class 0."""
+    one = score(role, clean, first)
+    other = Stamped(trigger="blended", target=0, predicted=torch.tensor(second))
+    return replace(one, stamped=(*one.stamped, other))
+
+
+@pytest.fixture
+def several() -> list[Score]:
+    return [
+        two("teacher", LABELS, [2] * 8, [0] * 8),
+        two("purified", LABELS, LABELS, [0, 0, 0, 0, 0, 2, 2, 2]),
+        two("clean", LABELS, LABELS, LABELS),
+    ]
+
+
+def test_each_of_several_attacks_is_counted_with_its_own_target(several):
+    first, second = downstream_entry(by_role(several, "purified"), several)["attacks"]
+
+    assert [(one["trigger"], one["target"]) for one in (first, second)] == [
+        ("patch", 2),
+        ("blended", 0),
+    ]
+    assert (first["attack_success_rate"]["value"], first["attack_success_rate"]["n"]) == (0, 4)
+    assert (second["attack_success_rate"]["value"], second["attack_success_rate"]["n"]) == (0.5, 6)
+    assert second["robust_accuracy"]["value"] == 0.5
+    assert (first["fidelity"], second["fidelity"]) == (1, 0.5)
+
+
+def test_comparisons_name_the_attack_they_belong_to(several):
+    rows = comparisons(several)
+
+    assert [(row["b"], row["trigger"], row["attack_success_rate"]["value"]) for row in rows] == [
+        ("teacher", "patch", -1),
+        ("teacher", "blended", -0.5),
+        ("clean", "patch", 0),
+        ("clean", "blended", 0.5),
+    ]
+    assert all(row["clean_accuracy"] == rows[0]["clean_accuracy"] for row in rows)
+
+
+def test_examples_show_the_first_of_several_attacks(several):
+    rows = example_rows(several)
+
+    assert [row["label"] for row in rows] == [0, 1]
+    assert rows[0]["predicted"]["teacher"] == {"clean": 0, "triggered": 2}

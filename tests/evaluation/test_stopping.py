@@ -99,6 +99,6 @@ def test_reading_polls_every_image(task, encoders):
     stop = Stop(50)
 
     with pytest.raises(StoppedError):
-        encode_split(data.train, encoders, trigger=None, batch_size=1000, stop=stop)
+        encode_split(data.train, encoders, triggers={}, batch_size=1000, stop=stop)
 
     assert stop.polls == 50  # of 60 images: before any batch

@@ -154,6 +154,54 @@ def test_attack_and_evaluate_print_a_table(cli, tmp_path, teacher, labeled):
     assert (tmp_path / "measured" / "report.html").stat().st_size > 1000
 
 
+def test_several_targets_are_measured_together_in_every_command(cli, tmp_path, teacher, labeled):
+    attacked = cli(
+        "attack",
+        "badencoder",
+        *("--encoder", teacher, "--data", labeled / "train", "--out", "attacked"),
+        *("--reference", "class:1", "--trigger", "white_patch"),
+        *("--reference", "class:0", "--trigger", "sinusoid"),
+        *("--set", "optim.epochs=1", "--set", "optim.batch_size=50"),
+        *("--downstream", f"shades={labeled}"),
+    )
+    assert attacked.code == 0, attacked.err
+    rows = [line for line in attacked.out.splitlines() if line.startswith("shades, linear probe")]
+    triggers = ["white_patch", "sinusoid"]
+    assert [row.rpartition("trigger ")[2] for row in rows] == [f"{t})" for t in triggers] * 2
+    for place, trigger in zip((".", "target_2"), triggers, strict=True):
+        content = json.loads((tmp_path / "attacked" / place / "attack.json").read_text())
+        assert set(content["targets"]) == {"shades"}
+        measured = content["facts"]["measured"]
+        assert [(row["encoder"], row["trigger"]) for row in measured] == [
+            ("teacher", trigger),
+            ("clean", trigger),
+        ]
+
+    measure = (
+        "evaluate",
+        *("--encoder", "teacher=attacked/encoder.safetensors", "--encoder", f"purified={teacher}"),
+        *("--downstream", f"shades={labeled}"),
+    )
+    done = cli(*measure, "--attack", "attacked", "--out", "measured")
+    assert done.code == 0, done.err
+    assert "attacked has further targets, measured too: target_2" in done.err
+    assert all(trigger in done.out for trigger in triggers)
+    report = json.loads((tmp_path / "measured" / "report.json").read_text())
+    assert [row["trigger"] for row in report["comparisons"]] == triggers
+    captions = [figure["caption"] for figure in report["figures"]]
+    assert captions
+    assert all("the first, white_patch, is shown" in caption for caption in captions)
+
+    files = ("attacked/attack.json", "attacked/target_2/attack.json")
+    listed = cli(*measure, "--attack", files[0], "--attack", files[1], "--json")
+    assert listed.code == 0, listed.err
+    assert listed.json["encoders"] == report["encoders"]
+
+    twice = cli(*measure, "--attack", "attacked", "--attack", files[1])
+    assert twice.code == 2
+    assert "same trigger 'sinusoid'; give each attack once" in twice.error
+
+
 def test_pretrain_writes_an_encoder_that_inspect_reads(cli, labeled):
     settings = (
         "spec.architecture=timm:resnet18",

@@ -104,3 +104,21 @@ def test_names_in_a_checkpoint_are_neither_markup_nor_control_sequences(capsys):
 )
 def test_printable_spells_out_control_characters(text, shown):
     assert printable(text) == shown
+
+
+def test_report_with_several_attacks_has_a_row_for_each(capsys):
+    content = report(attacked=True)
+    entry = content["encoders"]["teacher"]["downstream"][0]
+    entry["attacks"].append(
+        {"trigger": "blended:1", "target": 3, "attack_success_rate": measure(0.123)}
+    )
+
+    print_report(content)
+
+    rows = [line for line in capsys.readouterr().out.splitlines() if " teacher " in line]
+    assert len(rows) == 2
+    assert "white" in rows[0]
+    assert "98.7 %" in rows[0]
+    assert "blended:1" in rows[1]
+    assert "12.3 %" in rows[1]
+    assert all("80.1 %" in row for row in rows)

@@ -21,7 +21,8 @@ from mimic_fast.scan.result import Scanned, scan_json
 from mimic_fast.scan.result import Score as ScanScore
 from mimic_fast.scan.verdict import judge
 
-TARGET = 8
+TARGET = 8  # of the first attack; the second's is 9
+TRIGGERS = ("white_patch", "blended:1")
 # accuracy and ASR by role
 ROLES = {
     "teacher": (0.83, 0.99),
@@ -30,19 +31,31 @@ ROLES = {
     "clean": (0.83, 0.01),
 }
 
+# The same with a second attack, which the purification does not remove.
+TWO = {
+    "teacher": (0.83, 0.99, 0.95),
+    "purified": (0.82, 0.015, 0.6),
+    "student_only": (0.70, 0.015, 0.01),
+    "clean": (0.83, 0.01, 0.01),
+}
 
-def make_score(role: str, accuracy: float, rate: float | None, n: int = 4000) -> Score:
+
+def make_score(role: str, accuracy: float, rate: float | None, *further: float) -> Score:
+    n = 4000
     generator = torch.Generator().manual_seed(len(role))
     labels = torch.arange(n) % 10
     right = torch.rand(n, generator=generator) < accuracy
     predicted = torch.where(right, labels, (labels + 1) % 7)  # never by mistake the target
-    stamped = None
-    if rate is not None:
-        fooled = torch.rand(n, generator=generator) < rate
-        stamped = Stamped(
-            trigger="white_patch",
-            target=TARGET,
-            predicted=torch.where(fooled, TARGET, predicted),
+    stamped: list[Stamped] = []
+    for place, one in enumerate(() if rate is None else (rate, *further)):
+        fooled = torch.rand(n, generator=generator) < one
+        target = TARGET + place
+        stamped.append(
+            Stamped(
+                trigger=TRIGGERS[place],
+                target=target,
+                predicted=torch.where(fooled, target, predicted),
+            )
         )
     return Score(
         dataset="fashion-mnist",
@@ -52,18 +65,24 @@ def make_score(role: str, accuracy: float, rate: float | None, n: int = 4000) ->
         indices=torch.arange(n),
         labels=labels,
         predicted=predicted,
-        stamped=stamped,
+        stamped=tuple(stamped),
     )
 
 
 @pytest.fixture
 def make_evaluation() -> Callable[..., dict[str, Any]]:
-    """``make_evaluation(teacher=(accuracy, rate), ...)``; None leaves a role out."""
+    """``make_evaluation(teacher=(accuracy, rate), ...)``; None leaves a role out.
 
-    def make(**changes: tuple[float, float | None] | None) -> dict[str, Any]:
+    A rate for each attack: a second one, for all roles, makes it an evaluation of two.
+    """
+
+    def make(**changes: tuple[float | None, ...] | None) -> dict[str, Any]:
         roles: Mapping[str, Any] = {**ROLES, **changes}
         scores = [make_score(role, *rates) for role, rates in roles.items() if rates is not None]
+        names = [one.trigger for one in scores[0].stamped]
+        attacks = [{"kind": "badencoder", "trigger": name} for name in names]
         return {
+            **({"attack": attacks[0], "attacks": attacks} if attacks else {}),
             "encoders": {
                 score.role: {"sha256": "ab" * 32, "downstream": [downstream_entry(score, scores)]}
                 for score in scores

@@ -50,10 +50,13 @@ def test_report_has_the_keys_of_schema_1(report):
 
 def test_every_measure_has_its_four_keys_in_order(report):
     found = list(measures(report))
+    differences = list(measures(report["comparisons"]))
 
     assert len(found) > 20
+    assert len(differences) == 6
     for measure in found:
-        assert set(measure) == {"value", "low", "high", "n"}
+        p = {"p"} if measure in differences else set()
+        assert set(measure) == {"value", "low", "high", "n"} | p
         assert measure["low"] <= measure["value"] <= measure["high"]
         assert measure["n"] > 0
 

@@ -8,6 +8,8 @@ import pytest
 from mimic_fast.report.collect import RunFacts, build_report
 from mimic_fast.report.examples import Example
 from mimic_fast.report.render import render_report
+from mimic_fast.report.verdict import points
+from tests.report.conftest import TWO
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 PNG = "data:image/png;base64,AAAA"
@@ -187,3 +189,39 @@ def test_hostile_names_are_escaped(make_evaluation, run_facts, example):
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     assert all(source.startswith("data:") for source in sources)
     assert "alert(1)" in page.words
+
+
+def test_differences_have_their_p_values(full):
+    words = Page(full).words
+
+    assert "p: McNemar\u2019s exact test" in words
+    assert len(re.findall(r"points \(95.%: [^)]*\) p (<|=) [01]\.\d+", words)) == 6
+
+
+def test_several_attacks_have_a_table_each_and_the_pictures_say_which(
+    make_evaluation, run_facts, example
+):
+    report = build_report(make_evaluation(**TWO), run=run_facts)
+
+    page = Page(render_report(report, examples=[example]))
+
+    heading = "Before and after: fashion-mnist, linear probe, trigger"
+    _, first, second = page.words.split(heading)
+    assert "8 (Bag)" in first
+    assert "9 (Boot)" in second
+    assert "8 (Bag)" not in second
+    for place, words in enumerate((first, second)):
+        for role in TWO:
+            attack = report["encoders"][role]["downstream"][0]["attacks"][place]
+            assert words.startswith(f" {attack['trigger']}")
+            assert f"{round(100 * attack['attack_success_rate']['value'], 1)} %" in words, role
+        difference = report["comparisons"][place]["attack_success_rate"]
+        assert points(difference).replace("-", "\u2212") in words
+    assert [tag for tag, _ in page.tags].count("table") == 4  # measures and differences of each
+    assert "Of the 2 triggers the first, white_patch, is shown." in page.words
+    assert "badencoder, trigger blended:1" in page.words
+
+
+def test_one_attack_needs_no_name(full):
+    assert "linear probe, trigger" not in Page(full).words
+    assert "triggers the first" not in Page(full).words

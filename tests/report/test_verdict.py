@@ -1,8 +1,11 @@
 """The headline says what the figures allow, and no more."""
 
+import re
+
 import pytest
 
-from mimic_fast.report.verdict import limits, points, verdict
+from mimic_fast.report.verdict import limits, p_value, points, verdict
+from tests.report.conftest import TWO
 
 
 @pytest.mark.parametrize(
@@ -155,3 +158,62 @@ def test_points_have_signs_and_no_negative_zero():
     measure = {"value": -0.0001, "low": -0.0123, "high": 0.012}
 
     assert points(measure) == "+0.0 points (95 %: -1.2 to +1.2)"
+
+
+def test_worst_of_several_attacks_decides_and_is_named(make_evaluation):
+    said = verdict(make_evaluation(**TWO))
+
+    assert said["level"] == "reduced"
+    assert re.match(r"Reduced, not removed: ASR 9\d\.\d % -> (59|60|61)\.\d %", said["text"])
+    assert said["details"][0] == (
+        "The worst of 2 measurements: fashion-mnist, linear, trigger blended:1."
+    )
+    assert verdict(make_evaluation())["level"] == "purified"  # by the first attack alone
+    assert "for the triggers and" in limits(make_evaluation(**TWO))[0]
+    assert "for the trigger and" in limits(make_evaluation())[0]
+
+
+@pytest.mark.parametrize("rates", [(0.015, 0.95), (0.99, 0.015)], ids=["second", "first"])
+def test_attack_is_reduced_by_its_own_difference(make_evaluation, rates):
+    """The fall of one attack must not speak for another one that stands."""
+    said = verdict(make_evaluation(**TWO | {"purified": (0.82, *rates)}))
+
+    assert said["level"] == "not_purified"
+
+
+def test_trigger_that_shows_no_backdoor_is_named_beside_one_that_does(make_evaluation):
+    weak = {"teacher": (0.83, 0.99, 0.01), "purified": (0.82, 0.015, 0.01)}
+
+    said = verdict(make_evaluation(**TWO | weak))
+
+    assert said["level"] == "purified"
+    assert said["details"][-1] == (
+        "No backdoor shown in the teacher: fashion-mnist, linear, trigger blended:1."
+    )
+    none = verdict(make_evaluation(**TWO | weak | {"teacher": (0.83, 0.01, 0.01)}))
+    assert none["text"].startswith("No backdoor shown by these triggers: ")
+
+
+def test_single_encoder_has_the_rate_of_every_attack(make_evaluation):
+    roles = TWO | dict.fromkeys(("purified", "student_only", "clean"))
+
+    text = verdict(make_evaluation(**roles))["text"]
+
+    assert text.count("teacher accuracy") == 2
+    assert "trigger white_patch); teacher" in text
+    assert "trigger blended:1)" in text
+
+
+@pytest.mark.parametrize(
+    ("p", "shown"),
+    [
+        (1.0, "p = 1.00"),
+        (0.62, "p = 0.62"),
+        (0.034, "p = 0.034"),
+        (0.00151, "p = 0.0015"),
+        (0.001, "p = 0.0010"),
+        (1e-300, "p < 0.001"),
+    ],
+)
+def test_p_values_have_two_digits(p, shown):
+    assert p_value(p) == shown
