@@ -129,11 +129,11 @@ def check_files(matrix: MatrixSettings) -> None:
         read_attack(attack.attack_file)
     for name, defense in matrix.defenses.items():
         _options(name, defense)
-        if defense.kind in AS_IT_IS and len(defense.seeds or ()) > 1:
-            first, *others = defense.seeds or ()
+        ignored = (defense.seeds or ())[1:]
+        if defense.kind in AS_IT_IS and ignored:
             warnings.warn(
-                f"defenses.{name}: kind {defense.kind!r} draws nothing and runs once, with seed "
-                f"{first}; seeds {', '.join(map(str, others))} are ignored",
+                f"defenses.{name}: kind {defense.kind!r} draws nothing and runs once, with its "
+                f"first seed; {', '.join(map(str, ignored))} are ignored",
                 stacklevel=3,
             )
 

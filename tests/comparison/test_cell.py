@@ -156,7 +156,7 @@ def test_further_seeds_of_a_kind_without_randomness_are_ignored_with_a_warning(
 ):
     settings = matrix(defenses={"x": {"kind": "none", "seeds": [3, 4, 5]}})
     with (
-        pytest.warns(UserWarning, match=r"defenses.x: .*'none' .* seed 3.* 4, 5 are ignored"),
+        pytest.warns(UserWarning, match=r"defenses.x: .*'none' .* runs once.* 4, 5 are ignored"),
         pytest.raises(StoppedError),
     ):
         compare(settings, tmp_path, stop=lambda: True)

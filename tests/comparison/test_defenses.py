@@ -93,7 +93,9 @@ def test_a_baseline_gets_its_options(shrunk, ready, matrix, tmp_path):
 
     assert finished(cell) is not None
     before, after = (
-        load_encoder(folder / "encoder.safetensors").encoder.backbone.layer4[0].conv1.weight
+        load_encoder(folder / "encoder.safetensors").encoder.backbone.get_parameter(
+            "layer4.0.conv1.weight"
+        )
         for folder in (ready / "first", cell.folder)
     )
     assert before.mul(0.25).equal(after)
