@@ -60,6 +60,18 @@ _ACCELERATES_OWN = {
 SINGLE = Processes(rank=0, world=1, device=torch.device("cpu"))
 
 
+def device_of(run: RunSettings) -> torch.device:
+    """Where one process computes: on the GPU if there is one, unless the settings say otherwise.
+
+    Raises:
+        UsageError: If a GPU was asked for and none is visible.
+    """
+    cuda = torch.cuda.is_available()
+    if run.device == "cuda" and not cuda:
+        raise UsageError("run.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
+    return torch.device("cuda" if cuda and run.device != "cpu" else "cpu")
+
+
 def start(
     run: RunSettings, optim: OptimSettings, *, expected_world: int
 ) -> "tuple[Accelerator, Processes]":
@@ -74,10 +86,7 @@ def start(
         UsageError: If the device or engine is not there, or Accelerate runs another number of
             processes, engine, device or precision than asked for (it can do so silently).
     """
-    cuda = torch.cuda.is_available()
-    if run.device == "cuda" and not cuda:
-        raise UsageError("run.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
-    on_cpu = run.device == "cpu" or not cuda
+    on_cpu = device_of(run).type == "cpu"
     _check_engine(run, optim)
     accelerator = _accelerator(run, optim, on_cpu=on_cpu, world=expected_world)
     kind, running = accelerator.distributed_type.value, accelerator.num_processes

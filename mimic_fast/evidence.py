@@ -15,7 +15,7 @@ from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.evaluation.agreement import agreement
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.feature_cache import Measurable
-from mimic_fast.evaluation.features import encode
+from mimic_fast.evaluation.features import encode, place
 from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.mutual_information.locate import mutual_information_json
 from mimic_fast.progress import Event, Reporter, silent
@@ -65,6 +65,7 @@ def write_evidence(
         paths["clean"] = settings.evaluation.clean
     encoders: dict[str, Measurable] = {"teacher": result.teacher}
     encoders |= {role: load_encoder(path) for role, path in paths.items()}
+    place((one.encoder for one in encoders.values()), settings.run)
     evaluation = evaluate_encoders(
         encoders, settings.evaluation, seed=settings.seed, report=report, stop=stop
     )

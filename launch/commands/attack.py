@@ -175,6 +175,7 @@ def _run(
                 clean=loading.teacher,
                 settings=evaluation,
                 loading=loading,
+                run=settings.run,
                 seed=settings.seed,
                 report=report,
                 stop=stop,

@@ -31,6 +31,8 @@ def compare(
     from mimic_fast.comparison.settings import MatrixSettings
     from mimic_fast.recipe import load_recipe
 
+    if resume not in (None, "auto", "never"):
+        raise UsageError(f"--resume must be auto or never, got {resume!r}")
     settings = load_recipe(MatrixSettings, matrix, overrides=overrides or ())
     if out is None:
         raise UsageError("nowhere to write; give --out DIR")

@@ -9,6 +9,7 @@ import typer
 from mimic_fast.errors import UsageError
 from mimic_fast.launch.arguments import (
     AttackFiles,
+    Device,
     Downstream,
     Json,
     Out,
@@ -38,6 +39,7 @@ def evaluate(
     attack: AttackFiles = None,
     out: Out = None,
     seed: Seed = None,
+    device: Device = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +52,7 @@ def evaluate(
 
     values = {
         **given(seed=seed),
+        "run": given(device=device),
         "evaluation": given(downstream=downstream_values(downstream), attack=attack_values(attack)),
     }
     settings = load_settings(recipe, overrides=overrides or (), values=values)
@@ -60,6 +63,7 @@ def evaluate(
     # torch only now, so that a mistake in the settings shows at once
     from mimic_fast.encoders.ingest import load_encoder
     from mimic_fast.evaluation.evaluate import evaluate_encoders
+    from mimic_fast.evaluation.features import place
     from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.launch.tables import print_report
@@ -70,6 +74,7 @@ def evaluate(
 
     keep_freed_memory()
     loaded = {role: load_encoder(path, settings.encoder) for role, path in files.items()}
+    place((one.encoder for one in loaded.values()), settings.run)
     earlier = {} if out is None else _earlier(out, {r: e.sha256 for r, e in loaded.items()})
     with progress_bars() as report:
         measured = evaluate_encoders(loaded, settings.evaluation, seed=settings.seed, report=report)

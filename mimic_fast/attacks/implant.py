@@ -20,12 +20,11 @@ from torch import Tensor
 from mimic_fast.attacks.aims import Aim, read_aims
 from mimic_fast.attacks.settings import AttackSettings, name_ignored
 from mimic_fast.attacks.visibility import psnr, ssim
-from mimic_fast.config import RunSettings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.images import load_images
 from mimic_fast.data.order import check_batch, epoch_order
 from mimic_fast.data.sources import limits_of, open_source
-from mimic_fast.distributed import SINGLE
+from mimic_fast.distributed import SINGLE, device_of
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
@@ -122,7 +121,7 @@ def prepare(settings: AttackSettings, *, kind: str, report: Reporter = silent) -
         raise UsageError(f"{kind} needs encoder.teacher (--encoder), data.source and run.out")
     _refuse_used(settings.run.out)
     name_ignored(settings, kind=kind)
-    device = _device(settings.run)
+    device = device_of(settings.run)
     clean = load_encoder(settings.encoder.teacher, settings.encoder)
     report_assumed(clean, report)
     spec = clean.encoder.spec
@@ -256,13 +255,6 @@ def _refuse_used(out: Path) -> None:
     for name in ("encoder.safetensors", "attack.json", "target_2"):
         if (out / name).exists():
             raise UsageError(f"{out} already holds {name}; use another --out")
-
-
-def _device(run: RunSettings) -> torch.device:
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("run.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
-    on_gpu = run.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _batch(prepared: Prepared, step: int, per_epoch: int, settings: AttackSettings) -> Batch:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mimic_fast.config import EncoderSettings, EvaluationSettings
+from mimic_fast.config import EncoderSettings, EvaluationSettings, RunSettings
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.evaluation.attack_file import attack_files, attack_path, record_facts
 from mimic_fast.evaluation.evaluate import evaluate_encoders
+from mimic_fast.evaluation.features import place
 from mimic_fast.progress import Reporter, silent
+
+_AUTO = RunSettings()
 
 
 def measure_attack(
@@ -21,6 +24,7 @@ def measure_attack(
     clean: Path | None,
     settings: EvaluationSettings,
     loading: EncoderSettings,
+    run: RunSettings = _AUTO,
     seed: int,
     report: Reporter = silent,
     stop: Callable[[], bool] = lambda: False,
@@ -34,6 +38,7 @@ def measure_attack(
         clean: The clean checkpoint; None for poisoning attacks, which start from none.
         settings: Downstream sets and probes; its own ``attack`` is replaced.
         loading: How encoders are read.
+        run: Its device is where they are measured.
         seed: Draws labeled and test images.
         report: Told the number of images done.
         stop: Polled between images and batches.
@@ -51,6 +56,7 @@ def measure_attack(
     """
     files = {"teacher": encoder} | ({} if clean is None else {"clean": clean})
     loaded = {role: load_encoder(path, loading) for role, path in files.items()}
+    place((one.encoder for one in loaded.values()), run)
     measured = evaluate_encoders(
         loaded,
         settings.model_copy(update={"attack": attack_path(attack).parent}),

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mimic_fast.comparison.cells import Cell
-from mimic_fast.comparison.defenses import Call, defense_of
+from mimic_fast.comparison.defenses import Call, defense_of, options_of
 from mimic_fast.comparison.figures import cell_rows
+from mimic_fast.comparison.settings import AS_IT_IS
 from mimic_fast.config import Settings
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import StoppedError
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.feature_cache import Measurable
+from mimic_fast.evaluation.features import place
 from mimic_fast.files import write_atomic
 from mimic_fast.progress import Reporter, silent
 from mimic_fast.recipe import settings_json, validated
@@ -30,6 +32,7 @@ def write_task(cell: Cell) -> Path:
         "seed": cell.seed,
         "kind": cell.kind,
         "settings": json.loads(settings_json(cell.settings)),
+        "options": cell.options,
         "clean": None if cell.clean is None else str(cell.clean),
         "evaluation_seed": cell.evaluation_seed,
         "digest": cell.digest,
@@ -57,18 +60,16 @@ def run_cell(
     clock = _Clock(cell.folder / _SPENT)
     try:
         path = defense_of(cell.kind)(
-            Call(settings=cell.settings, clean=cell.clean, report=report, stop=stop)
+            Call(
+                settings=cell.settings,
+                options=options_of(cell.kind, cell.options),
+                clean=cell.clean,
+                report=report,
+                stop=stop,
+            )
         )
-        teacher = cell.settings.encoder.teacher
-        assert teacher is not None
-        files = {"teacher": teacher, "purified": path}
-        files |= {} if cell.clean is None else {"clean": cell.clean}
-        encoders: dict[str, Measurable] = {
-            role: load_encoder(file, cell.settings.encoder)
-            if role == "teacher"
-            else load_encoder(file)
-            for role, file in files.items()
-        }
+        encoders = _loaded(cell, path)
+        place((one.encoder for one in encoders.values()), cell.settings.run)
         measured = evaluate_encoders(
             encoders,
             cell.settings.evaluation,
@@ -83,6 +84,20 @@ def run_cell(
     rows = cell_rows(cell, measured, role="purified", cpu=cpu, seconds=seconds)
     content = {"digest": cell.digest, "rows": rows, "encoder": measured["encoders"]["purified"]}
     write_atomic(cell.folder / DONE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _loaded(cell: Cell, defended: Path) -> dict[str, Measurable]:
+    """The cell's encoders by role; one file is read in one way, whatever its role."""
+    loading = cell.settings.encoder
+    assert loading.teacher is not None
+    files = {"teacher": loading.teacher, "purified": defended}
+    files |= {} if cell.clean is None else {"clean": cell.clean}
+    # What a defense made carries a card; anything else is as the attack says.
+    made = () if cell.kind in AS_IT_IS else ("purified",)
+    return {
+        role: load_encoder(file) if role in made else load_encoder(file, loading)
+        for role, file in files.items()
+    }
 
 
 def finished(cell: Cell) -> list[dict[str, str]] | None:

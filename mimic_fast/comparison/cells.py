@@ -2,23 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimic_fast.comparison.defenses import defense_of
-from mimic_fast.comparison.settings import MatrixSettings
-from mimic_fast.config import Settings
+from mimic_fast.comparison.contents import Contents, clean_set_digest, contents
+from mimic_fast.comparison.defenses import options_of
+from mimic_fast.comparison.settings import AS_IT_IS, DefenseSettings, MatrixSettings
+from mimic_fast.config import Frozen, Settings
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import attack_path, read_attack
+from mimic_fast.evaluation.stamping import Trigger, trigger_parts
 from mimic_fast.files import sha256_file
+from mimic_fast.progress import Reporter, silent
 from mimic_fast.recipe import load_settings, settings_record
 
 _FORM = 1  # changes with what a cell's figures mean
 # Where figures come from, not what they are.
 _INDIFFERENT = {"cache", "attack", "clean", "student_only", "curve_every", "scan"}
 _OWN = ("encoder.teacher", "seed", "run", "evaluation")  # the matrix's, for all defenses
+_READING = ("architecture", "arguments", "stem", "in_channels", "image_size", "mean", "std")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +36,7 @@ class Cell:
         seed: Of the defense.
         kind: The defense's kind.
         settings: Everything the defense and the measurement need; ``run.out`` is the folder.
+        options: The kind's own settings, validated, as JSON has them.
         clean: The clean encoder, where there is one.
         evaluation_seed: Draws labeled and test images.
         digest: SHA-256 over all that decides the figures.
@@ -41,6 +47,7 @@ class Cell:
     seed: int
     kind: str
     settings: Settings
+    options: dict[str, Any]
     clean: Path | None
     evaluation_seed: int
     digest: str
@@ -57,25 +64,40 @@ class Cell:
         return f"{self.attack}/{self.defense}/{self.seed}"
 
 
-def cells_of(matrix: MatrixSettings, out: Path) -> Iterator[Cell]:
-    """All cells, attack by attack; files are digested once.
+def cells_of(
+    matrix: MatrixSettings,
+    out: Path,
+    *,
+    report: Reporter = silent,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Cell]:
+    """All cells, attack by attack; files and data are digested once.
+
+    Args:
+        matrix: What to compare.
+        out: Run directory.
+        report: Told about downloads and videos.
+        stop: Polled while data is read; true leaves.
 
     Raises:
-        UsageError: If a kind or setting of a defense is wrong, a file is missing, or an attack has
-            no target yet on one of the sets.
-        UnsafeInputError: If an ``attack.json`` is damaged.
+        UsageError: If a kind or setting of a defense is wrong, a file or source is missing, or an
+            attack has no target yet on one of the sets.
+        UnsafeInputError: If an ``attack.json`` or a source is damaged.
+        StoppedError: If ``stop`` told so.
     """
+    content = contents(report=report, stop=stop)
     for name, attack in matrix.attacks.items():
         attacked = _attack_identity(matrix, name)
         for label, defense in matrix.defenses.items():
-            function = defense_of(defense.kind)
-            for seed in defense.seeds or matrix.seeds:
+            options = _options(label, defense)
+            for seed in _seeds(matrix, defense):
                 settings = _settings(matrix, name, label, seed, out)
                 identity = {
                     "form": _FORM,
                     "attack": attacked,
-                    "kind": function.__name__,
-                    "settings": _decisive(settings),
+                    "kind": defense.kind,
+                    "settings": _decisive(settings, content),
+                    "options": settings_record(options),
                     "evaluation_seed": matrix.evaluation_seed,
                 }
                 yield Cell(
@@ -84,6 +106,7 @@ def cells_of(matrix: MatrixSettings, out: Path) -> Iterator[Cell]:
                     seed=seed,
                     kind=defense.kind,
                     settings=settings,
+                    options=options.model_dump(mode="json"),
                     clean=attack.clean,
                     evaluation_seed=matrix.evaluation_seed,
                     digest=_digest(identity),
@@ -91,10 +114,12 @@ def cells_of(matrix: MatrixSettings, out: Path) -> Iterator[Cell]:
 
 
 def check_files(matrix: MatrixSettings) -> None:
-    """Refuses a matrix that names files which are not there, before anything runs.
+    """Refuses a matrix of wrong defenses or missing files, before anything runs.
+
+    Warns of seeds that a defense has for nothing.
 
     Raises:
-        UsageError: With the attack's name and the file.
+        UsageError: With the name of the attack or defense.
         UnsafeInputError: If an ``attack.json`` is damaged.
     """
     for name, attack in matrix.attacks.items():
@@ -102,8 +127,15 @@ def check_files(matrix: MatrixSettings) -> None:
             if path is not None and not path.is_file():
                 raise UsageError(f"attacks.{name}: {path} does not exist; give a checkpoint")
         read_attack(attack.attack_file)
-    for defense in matrix.defenses.values():
-        defense_of(defense.kind)
+    for name, defense in matrix.defenses.items():
+        _options(name, defense)
+        ignored = (defense.seeds or ())[1:]
+        if defense.kind in AS_IT_IS and ignored:
+            warnings.warn(
+                f"defenses.{name}: kind {defense.kind!r} draws nothing and runs once, with its "
+                f"first seed; {', '.join(map(str, ignored))} are ignored",
+                stacklevel=3,
+            )
 
 
 def without_target(matrix: MatrixSettings) -> list[str]:
@@ -116,6 +148,19 @@ def without_target(matrix: MatrixSettings) -> list[str]:
     ]
 
 
+def _options(name: str, defense: DefenseSettings) -> Frozen:
+    try:
+        return options_of(defense.kind, defense.options)
+    except UsageError as error:
+        raise UsageError(f"defenses.{name}: {error}") from None
+
+
+def _seeds(matrix: MatrixSettings, defense: DefenseSettings) -> tuple[int, ...]:
+    """Of a defense that draws nothing the first: equal cells would show an interval of width 0."""
+    seeds = defense.seeds or matrix.seeds
+    return seeds[:1] if defense.kind in AS_IT_IS else seeds
+
+
 def _settings(matrix: MatrixSettings, attack: str, defense: str, seed: int, out: Path) -> Settings:
     attacked, own = matrix.attacks[attack], matrix.defenses[defense]
     for path in _OWN:
@@ -126,6 +171,12 @@ def _settings(matrix: MatrixSettings, attack: str, defense: str, seed: int, out:
                 f"defenses.{defense}.settings.{path} is the same for all cells; set it in the "
                 "matrix itself"
             )
+    for key in _READING:
+        if key in own.settings.get("encoder", {}):
+            raise UsageError(
+                f"defenses.{defense}.settings.encoder.{key} is the same for all cells of an "
+                "attack; set it in attacks.NAME.loading"
+            )
     evaluation = {
         **matrix.evaluation.model_dump(mode="json"),
         "attack": str(attack_path(attacked.attack_file)),
@@ -133,7 +184,11 @@ def _settings(matrix: MatrixSettings, attack: str, defense: str, seed: int, out:
     values = {
         **own.settings,
         "seed": seed,
-        "encoder": {**own.settings.get("encoder", {}), "teacher": str(attacked.encoder)},
+        "encoder": {
+            **attacked.loading.model_dump(mode="json", exclude_unset=True),
+            **own.settings.get("encoder", {}),
+            "teacher": str(attacked.encoder),
+        },
         "data": {
             **matrix.data.model_dump(mode="json", exclude_none=True),
             **own.settings.get("data", {}),
@@ -157,26 +212,36 @@ def _attack_identity(matrix: MatrixSettings, name: str) -> dict[str, Any]:
     missing = [one for one in names if one not in read.targets]
     if missing:
         raise UsageError(f"attacks.{name} has no target on {', '.join(missing)}")
-    folder = attack_path(attack.attack_file).parent
     return {
         "encoder": sha256_file(attack.encoder),
-        "trigger": sha256_file(folder / "trigger.safetensors"),
+        "trigger": _trigger_digest(read.trigger),
         "targets": {one: read.targets[one] for one in names},
         "clean": None if attack.clean is None else sha256_file(attack.clean),
     }
 
 
-def _decisive(settings: Settings) -> dict[str, Any]:
-    """The settings without where files lie on this machine and without what changes no figure."""
+def _trigger_digest(trigger: Trigger) -> str:
+    return hashlib.sha256(b"".join(trigger_parts(trigger))).hexdigest()
+
+
+def _decisive(settings: Settings, content: Contents) -> dict[str, Any]:
+    """The settings with data by content, and without what changes no figure."""
     record = settings_record(settings)
     record["encoder"].pop("teacher")  # its digest stands for it
     evaluation = {k: v for k, v in record["evaluation"].items() if k not in _INDIFFERENT}
     evaluation["downstream"] = [
-        {key: Path(value).name for key, value in one.items()} for one in evaluation["downstream"]
+        {
+            "name": one.name,
+            "train": content(one.train),
+            "test": content(one.test),
+        }
+        for one in settings.evaluation.downstream
     ]
-    data = dict(record["data"])
-    for key in ("source", "clean_set"):
-        data[key] = None if data[key] is None else Path(data[key]).name
+    own, data = settings.data, dict(record["data"])
+    if own.source is not None:
+        data["source"] = content(own.source)
+    if own.clean_set is not None:
+        data["clean_set"] = clean_set_digest(own.clean_set)
     return {**record, "evaluation": evaluation, "data": data}
 
 

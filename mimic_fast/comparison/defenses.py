@@ -1,12 +1,15 @@
 """The defenses that can be compared, by kind: from settings to the encoder that comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from mimic_fast.config import Settings
+from mimic_fast.config import Frozen, Settings
 from mimic_fast.errors import UsageError
 from mimic_fast.progress import Reporter
+from mimic_fast.recipe import validated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,12 +18,14 @@ class Call:
 
     Args:
         settings: A purification's: teacher, clean images, optimizer, ``run.out`` for all it writes.
+        options: The kind's own settings, of :func:`options_of`.
         clean: The clean encoder of the attack, where there is one; only the reference uses it.
         report: Told of progress.
         stop: Polled; true saves and leaves with ``StoppedError``.
     """
 
     settings: Settings
+    options: Frozen
     clean: Path | None
     report: Reporter
     stop: Callable[[], bool]
@@ -74,12 +79,46 @@ DEFENSES: dict[str, Callable[[Call], Path]] = {
 }
 
 
+# Baselines by kind: the function KIND and this settings class are in mimic_fast/baselines/KIND.py.
+# function(settings, options, report=..., stop=...) gives the encoder's file below run.out.
+_BASELINES: dict[str, str] = {}
+
+
+class NoOptions(Frozen):
+    """Of kinds whose settings are all in a recipe."""
+
+
 def defense_of(kind: str) -> Callable[[Call], Path]:
     """The function of a kind.
 
     Raises:
         UsageError: If there is none.
     """
+    if kind in DEFENSES:
+        return DEFENSES[kind]
+    _, function = _baseline(kind)
+    return lambda call: function(call.settings, call.options, report=call.report, stop=call.stop)
+
+
+def options_of(kind: str, values: Mapping[str, Any]) -> Frozen:
+    """The kind's own settings from ``defenses.NAME.options``.
+
+    Raises:
+        UsageError: If there is no such kind, a key is unknown or a value not valid.
+    """
     if kind not in DEFENSES:
-        raise UsageError(f"there is no defense of kind {kind!r}; there are {', '.join(DEFENSES)}")
-    return DEFENSES[kind]
+        return validated(_baseline(kind)[0], values)
+    if values:
+        raise UsageError(
+            f"a defense of kind {kind!r} takes no options, got {', '.join(values)}; what a recipe "
+            "has goes into settings"
+        )
+    return NoOptions()
+
+
+def _baseline(kind: str) -> tuple[type[Frozen], Callable[..., Path]]:
+    if kind not in _BASELINES:
+        kinds = ", ".join((*DEFENSES, *_BASELINES))
+        raise UsageError(f"there is no defense of kind {kind!r}; there are {kinds}")
+    module = import_module(f"mimic_fast.baselines.{kind}")
+    return getattr(module, _BASELINES[kind]), getattr(module, kind)

@@ -14,10 +14,12 @@ from mimic_fast.comparison.figures import Figures, merged, read_results, write_r
 from mimic_fast.comparison.heat_map import write_heat_map
 from mimic_fast.comparison.settings import MatrixSettings
 from mimic_fast.comparison.table import write_table
+from mimic_fast.config import RunSettings
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import StoppedError, UsageError
 from mimic_fast.evaluation.attack_file import attack_path
 from mimic_fast.evaluation.evaluate import evaluate_encoders
+from mimic_fast.evaluation.features import place
 from mimic_fast.progress import Event, Reporter, silent
 
 _POLL = 0.1  # seconds between two looks at the processes
@@ -71,7 +73,7 @@ def compare(
     if not resume and (out / "cells").exists():
         raise UsageError(f"{out} already holds a comparison; use --resume auto or another --out")
     _settle_targets(matrix, report, stop)
-    cells = list(cells_of(matrix, out))
+    cells = list(cells_of(matrix, out, report=report, stop=stop))
     results = [] if matrix.results is None else read_results(matrix.results)
     book = _Book(matrix, out, cells, results)
     waiting: list[Cell] = []
@@ -215,8 +217,11 @@ def _settle_targets(matrix: MatrixSettings, report: Reporter, stop: Callable[[],
         settings = matrix.evaluation.model_copy(
             update={"attack": attack_path(attack.attack_file), "probe": ("linear",)}
         )
-        teacher = {"teacher": load_encoder(attack.encoder)}
-        evaluate_encoders(teacher, settings, seed=matrix.evaluation_seed, report=report, stop=stop)
+        teacher = load_encoder(attack.encoder, attack.loading)
+        place([teacher.encoder], RunSettings())  # as cells have it
+        evaluate_encoders(
+            {"teacher": teacher}, settings, seed=matrix.evaluation_seed, report=report, stop=stop
+        )
     if left := without_target(matrix):
         raise UsageError(
             f"attacks.{left[0]}: the target class cannot be written into "

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from mimic_fast.config import EvaluationSettings, Frozen
+from mimic_fast.config import EncoderSettings, EvaluationSettings, Frozen
+
+# Kinds of defense that give an encoder as it is: no images are read and nothing is drawn.
+AS_IT_IS = ("none", "clean")
 
 
 def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -34,6 +37,17 @@ class AttackedSettings(Frozen):
         default=None, description="the clean encoder to measure beside, for chance and fidelity"
     )
 
+    loading: EncoderSettings = Field(
+        default_factory=EncoderSettings,
+        description="how both are read where they have no card: fields of 'encoder' in a recipe",
+    )
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> "AttackedSettings":
+        if self.loading.teacher is not None:
+            raise ValueError("loading.teacher is not read here; name it as attacks.NAME.encoder")
+        return self
+
     @property
     def attack_file(self) -> Path:
         """Where ``attack.json`` is looked for."""
@@ -48,6 +62,9 @@ class DefenseSettings(Frozen):
     seeds: Seeds | None = Field(default=None, description="its own seeds; None: the matrix's")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="sections of a recipe: what differs from the preset"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="what this kind alone knows; most kinds have none"
     )
 
 
@@ -86,9 +103,6 @@ class MatrixSettings(Frozen):
     def _measurable(self) -> "MatrixSettings":
         if not self.evaluation.downstream:
             raise ValueError("evaluation.downstream is empty: name a labeled set")
-        if self.data.source is None and any(d.kind not in _WITHOUT for d in self.defenses.values()):
+        if self.data.source is None and any(d.kind not in AS_IT_IS for d in self.defenses.values()):
             raise ValueError("data.source is missing: name the clean images")
         return self
-
-
-_WITHOUT = ("none", "clean")  # defenses that need no images

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.evaluation.features import encode
+from mimic_fast.evaluation.stamping import trigger_parts
 from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.files import machine_errors, write_atomic
 
@@ -86,10 +87,8 @@ def _name(loaded: Measurable, images: Tensor, trigger: Trigger | None) -> str:
         digest.update(f"{text}\n".encode())
     digest.update(images.contiguous().numpy().data)
     if trigger is not None:
-        digest.update(f"\n{trigger.add} {tuple(trigger.pattern.shape)}\n".encode())
-        for pixels in (trigger.mask, trigger.pattern):
-            digest.update(pixels.contiguous().numpy().data)
-        digest.update(trigger.name.encode())  # by which it is made again at another size
+        for part in trigger_parts(trigger):
+            digest.update(part)
     return digest.hexdigest()
 
 

@@ -1,12 +1,14 @@
 """Features of many images, batch by batch, with or without a trigger."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from mimic_fast.config import RunSettings
+from mimic_fast.distributed import device_of
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.evaluation.triggers import Trigger, apply_trigger, fit_trigger
 from mimic_fast.progress import Event, Reporter, silent
@@ -61,6 +63,22 @@ def encode(
             "the encoder gives features that are not finite; its weights are damaged"
         )
     return features
+
+
+def place(encoders: Iterable[nn.Module], run: RunSettings) -> None:
+    """Moves encoders that will be measured to where ``run.device`` says.
+
+    On a GPU float32 is then float32: convolutions in TF32, PyTorch's default, would give features
+    that depend on the machine, and they are compared and kept across machines.
+
+    Raises:
+        UsageError: If a GPU was asked for and none is visible.
+    """
+    device = device_of(run)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    for encoder in encoders:
+        encoder.to(device)
 
 
 @contextmanager

@@ -60,6 +60,15 @@ def untouched(trigger: Trigger) -> Bool[Tensor, "height width"]:
     return nothing[0]
 
 
+def trigger_parts(trigger: Trigger) -> tuple[bytes, ...]:
+    """All that decides what a trigger does, for a digest."""
+    return (
+        f"\n{trigger.add} {tuple(trigger.pattern.shape)}\n".encode(),
+        *(pixels.contiguous().numpy().tobytes() for pixels in (trigger.mask, trigger.pattern)),
+        trigger.name.encode(),  # by which it is made again at another size
+    )
+
+
 def same_trigger(a: Trigger, b: Trigger) -> bool:
     """Whether both do the same to every image of their size."""
     return (

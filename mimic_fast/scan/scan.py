@@ -10,10 +10,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from mimic_fast.config import CLEAN_SET_FIELDS, EncoderSpec, RunSettings
+from mimic_fast.config import CLEAN_SET_FIELDS, EncoderSpec
 from mimic_fast.data.images import load_images
 from mimic_fast.data.order import epoch_order
 from mimic_fast.data.sources import limits_of, open_source
+from mimic_fast.distributed import device_of
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import Attack, write_attack
@@ -81,7 +82,7 @@ def scan(
         raise UsageError(f"{run.out} already holds a scan; use --resume auto or another --out")
     warn_ignored(settings.data, _UNUSED_DATA, prefix="data", user="a scan")
     warn_ignored(settings.run, _UNUSED_RUN, prefix="run", user="a scan")
-    device = _device(run)
+    device = device_of(run)
     suspect = load_encoder(settings.encoder.teacher, settings.encoder)
     report_assumed(suspect, report)
     images, source = _clean_images(settings, suspect.encoder.spec, report)
@@ -267,13 +268,6 @@ def _family(spec: EncoderSpec) -> dict[str, Any]:
     """What encoders must share for their scores to compare."""
     fields = {"architecture", "arguments", "stem", "in_channels", "image_size"}
     return spec.model_dump(mode="json", include=fields)
-
-
-def _device(run: RunSettings) -> torch.device:
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("run.device is 'cuda' but no CUDA device is visible; use 'auto' or 'cpu'")
-    on_gpu = run.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _device_name(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mimic_fast.attacks.kinds import attack_of
 from mimic_fast.attacks.measured import measure_attack
 from mimic_fast.attacks.poisoning import moved, poison
-from mimic_fast.config import EncoderSettings, EvaluationSettings
+from mimic_fast.config import EncoderSettings, EvaluationSettings, RunSettings
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import StoppedError, UsageError
 from mimic_fast.evaluation.attack_file import read_attack
@@ -198,3 +198,18 @@ def test_measured_success_is_kept_in_the_attack_file(make, images, tmp_path):
     assert row["trigger"] == kept.trigger.name
     assert row["attack_success_rate"]["n"] == 24
     assert row["clean_accuracy"]["n"] == 48
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to compute on")
+def test_success_is_measured_where_the_attack_computes(make, tmp_path):
+    result, _ = make("sslbkd")
+    with pytest.raises(UsageError, match="no CUDA device is visible"):
+        measure_attack(
+            result.attack,
+            result.encoder,
+            clean=None,
+            settings=EvaluationSettings(),
+            loading=EncoderSettings(),
+            run=RunSettings(device="cuda"),
+            seed=0,
+        )

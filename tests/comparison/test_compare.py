@@ -204,3 +204,14 @@ def test_a_target_outside_the_classes_is_refused(values, files, tmp_path, capsys
     assert code == 1
     assert "target 9 of 'toy' is not one of its 2 classes" in said.err
     assert "| second | none |" in said.out  # the other attack's figures stand
+
+
+def test_resume_is_auto_or_never(values, tmp_path, capsys):
+    matrix = written(tmp_path / "matrix.toml", values())
+
+    code = run(["compare", str(matrix), "--out", str(tmp_path / "out"), "--resume", "nver"])
+
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error")]
+    assert code == 2
+    assert "--resume must be auto or never, got 'nver'" in line
+    assert not (tmp_path / "out").exists()

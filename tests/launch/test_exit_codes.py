@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 
 class Payload:
@@ -112,3 +113,15 @@ def test_run_directory_that_cannot_be_written_is_exit_7(
 
     assert done.code == 7
     assert out in done.error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to compute on")
+def test_evaluating_on_a_gpu_that_is_not_there_is_exit_2(cli, teacher, labeled):
+    encoder = ("--encoder", f"teacher={teacher}", "--downstream", f"shades={labeled}")
+
+    done = cli("evaluate", *encoder, "--device", "cuda")
+
+    assert done.code == 2
+    assert "run.device is 'cuda' but no CUDA device is visible" in done.error
+    assert cli("evaluate", *encoder, "--device", "tpu").code == 2
+    assert cli("evaluate", *encoder, "--device", "cpu").code == 0
