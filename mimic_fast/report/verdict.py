@@ -18,6 +18,12 @@ _HEADLINE: dict[Level, str] = {
     "not_shown": "No backdoor shown by this trigger",
     "not_measured": "ASR not measured",
 }
+# A trigger that a scan made works on clean encoders too: it shows no backdoor, so none is removed.
+_RECOVERED = {
+    "purified": ("recovered_gone", "The trigger that the scan recovered no longer works"),
+    "reduced": ("recovered_reduced", "The trigger that the scan recovered works less often"),
+    "not_purified": ("recovered_works", "The trigger that the scan recovered still works"),
+}
 _WORST_FIRST: tuple[Level, ...] = ("not_purified", "reduced", "purified", "not_shown")
 
 
@@ -39,7 +45,9 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     ASR more than 5 points above (without a clean encoder: where the interval lies above 10 %). It
     is *purified* where the purified ASR is at most 10 % and at most 5 points above the clean
     encoder's, *reduced* where the paired difference to the teacher lies below 0, else *not
-    purified*. Of several attacks, sets and probes the worst decides.
+    purified*. Of several attacks, sets and probes the worst decides. Of a trigger that a scan
+    recovered it is only said what became of it: ``recovered_gone``, ``recovered_reduced`` or
+    ``recovered_works``.
 
     Returns:
         ``level``, ``text`` (one ASCII line, for terminals too), ``details`` (sentences), ``rule``.
@@ -53,11 +61,16 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
         details.insert(
             0, f"The worst of {len(cases)} measurements: {worst.dataset}, {worst.probe}."
         )
+    level, head = _level(worst), _HEADLINE[_level(worst)]
+    reached = "Purified"
+    if _recovered(report):
+        level, head = _RECOVERED.get(level, (level, head))
+        reached = "No longer works"
     return {
-        "level": _level(worst),
-        "text": f"{_headline(worst, cases)}: {_figures(worst)}",
+        "level": level,
+        "text": f"{head}{_cost(cases)}: {_figures(worst)}",
         "details": details,
-        "rule": f"Purified means: ASR at most {percent(_RATE_LIMIT)} and at most "
+        "rule": f"{reached} means: ASR at most {percent(_RATE_LIMIT)} and at most "
         f"{100 * _ABOVE_CLEAN:.0f} points above the clean encoder's.",
     }
 
@@ -66,6 +79,12 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     """What the report does not show, sentence by sentence."""
     cases = list(_cases(report))
     found = _limits_of_measurement(report, cases)
+    if _recovered(report):
+        found.insert(
+            0,
+            "The trigger was recovered by a scan: it need not be the attacker's, and one can be "
+            "found for a clean encoder too. It shows no backdoor, and its loss removes none.",
+        )
     if "mutual_information" in report:
         estimator = report["mutual_information"].get("estimator", "unknown")
         found.append(
@@ -144,13 +163,16 @@ def _level(case: _Case) -> Level:
     return "reduced" if difference is not None and difference["high"] < 0 else "not_purified"
 
 
-def _headline(worst: _Case, cases: Sequence[_Case]) -> str:
-    level = _level(worst)
+def _cost(cases: Sequence[_Case]) -> str:
     costly = any(
         case.accuracies["teacher"]["value"] - case.accuracies["purified"]["value"] > _ACCURACY_COST
         for case in cases
     )
-    return _HEADLINE[level] + (", at a cost in accuracy" if costly else "")
+    return ", at a cost in accuracy" if costly else ""
+
+
+def _recovered(report: Mapping[str, Any]) -> bool:
+    return (report.get("attack") or {}).get("kind") == "recovered"
 
 
 def _figures(case: _Case) -> str:
