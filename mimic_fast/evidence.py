@@ -157,17 +157,8 @@ def _scans(
         ("teacher", teacher),
         ("purified", EncoderSettings(teacher=result.encoder)),
     ):
-        out = result.out / "scan" / role
         scanned = scan(
-            ScanSettings(
-                seed=settings.seed,
-                encoder=encoder,
-                data=DataSettings(**settings.data.model_dump(include=_SCANNED_DATA)),
-                references=settings.evaluation.scan_references,
-                run=RunSettings(
-                    out=out, resume="auto", device=settings.run.device, checkpoint_every=25
-                ),
-            ),
+            scan_settings(settings, encoder, result.out / "scan" / role),
             report=report,
             stop=stop,
             reference_scans=result.out / "scan" / "references",
@@ -176,6 +167,17 @@ def _scans(
         if scanned.trigger is not None:
             triggers[role] = scanned.trigger
     return scans, triggers
+
+
+def scan_settings(settings: Settings, encoder: EncoderSettings, out: Path) -> ScanSettings:
+    """A purification's settings as those of a scan of one of its encoders, into ``out``."""
+    return ScanSettings(
+        seed=settings.seed,
+        encoder=encoder,
+        data=DataSettings(**settings.data.model_dump(include=_SCANNED_DATA)),
+        references=settings.evaluation.scan_references,
+        run=RunSettings(out=out, resume="auto", device=settings.run.device, checkpoint_every=25),
+    )
 
 
 def _agreement(result: "PurifyResult", stop: Callable[[], bool]) -> dict[str, Any] | None:

@@ -187,3 +187,14 @@ def test_hostile_names_are_escaped(make_evaluation, run_facts, example):
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     assert all(source.startswith("data:") for source in sources)
     assert "alert(1)" in page.words
+
+
+def test_what_a_scan_does_not_mean_stands_beside_each_role(make_evaluation, scans):
+    report = build_report(make_evaluation(), run=RunFacts(settings={}), scan=scans[0])
+
+    words = Page(render_report(report)).words
+
+    teacher, purified = (scans[0][role]["verdict"] for role in ("teacher", "purified"))
+    assert teacher["does_not_mean"] != purified["does_not_mean"]
+    for verdict in (teacher, purified):
+        assert f"{verdict['means']} {verdict['does_not_mean']}" in words
