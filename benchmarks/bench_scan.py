@@ -5,20 +5,25 @@
         --label resnet_1m_cifar10
 
 ``DIR`` holds one folder an encoder: ``encoder.safetensors`` and its card; with an ``attack.json``
-it counts as backdoored, by the kind and trigger named there, else as clean. Each is scanned in a
-process of its own into ``RUNS/<folder>``, taken up again where it was when started again.
+it counts as backdoored, by the kind and trigger named there, else as clean. An attack counts only
+if it took: its ``facts.measured`` must show an ASR of at least ``--took`` on the first set. Others
+are left out, each by name in the output and as a row; so are those never measured, unless
+``--took 0``. Each encoder is scanned in a process of its own into ``RUNS/<folder>``, taken up again
+where it was when started again. A scan that is there is used only if it is of the same encoder
+file, images and settings, and refused otherwise.
 
-Every encoder is judged against the clean ones, a clean one against the others. What is ranked is
-the smallest chance of its scores. The AUC is over all, with a bootstrap interval (encoders drawn
-anew, clean and backdoored apart). The operating point is the limit that separates one half best,
-with that half's clean encoders as references; its error rates, and those of the two levels of the
-product, are counted on the other half against the same references. Rows are added to ``--out``.
+Every encoder is judged against the clean ones. A clean one is not its own reference, which leaves
+n - 1; so a backdoored one, and one of a held-out half, is judged by n - 1 of n as well, without one
+that its name picks: the width of the interval depends on the number, and a reference more would
+set the two apart. What is ranked is the smallest chance of its scores. The AUC is over all, with a
+bootstrap interval (encoders drawn anew, clean and backdoored apart). The operating point is the
+limit that separates one half best, with that half's clean encoders as references; its error rates,
+and those of the two levels of the product, are counted on the other half against the same
+references. Rows are added to ``--out``.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,15 +33,14 @@ import numpy as np
 import numpy.typing as npt
 from measure import Case, Machine, Row, append_rows, single_row, this_machine
 from micro import results_file
+from scan_encoders import CLEAN, check_kept, kind_of, left_out, scan_settings, scanned
 from show_rows import tables
 
-from mimic_fast.evaluation.attack_file import read_attack
 from mimic_fast.evaluation.metrics import Measure, wilson
-from mimic_fast.scan.result import Scanned, read_scan
+from mimic_fast.scan.result import Scanned
 from mimic_fast.scan.settings import ScanSettings
 from mimic_fast.scan.verdict import ENOUGH, judge
 
-CLEAN = "clean"
 _DRAWS = 5000  # of the bootstrap
 _LEVELS = ("unusual", "suspicious")
 
@@ -58,7 +62,14 @@ class Item:
 def main() -> None:
     """Scans what is not scanned yet, judges, adds the rows and prints them."""
     args = parsed()
-    folders = sorted(path.parent for path in args.encoders.glob("*/encoder.safetensors"))
+    settings = scan_settings(args.data, args.set)
+    present = sorted(path.parent for path in args.encoders.glob("*/encoder.safetensors"))
+    failed = left_out(present, took=args.took)
+    for folder, rate in failed.items():
+        reason = "its ASR was never measured" if rate is None else f"ASR {rate:.3f}"
+        print(f"{folder.name}: left out, {reason} (--took {args.took:g})", flush=True)
+    folders = [folder for folder in present if folder not in failed]
+    check_kept({folder: args.runs / folder.name for folder in folders}, settings)
     options = [part for value in args.set for part in ("--set", value)]
     with ThreadPoolExecutor(args.jobs) as pool:
         scan = pool.map(
@@ -68,39 +79,13 @@ def main() -> None:
             Item(name=folder.name, kind=kind_of(folder), scanned=one)
             for folder, one in zip(folders, scan, strict=True)
         ]
-    rows = scan_rows(items, label=args.label, seed=args.seed, machine=this_machine(threads=1))
+    machine = this_machine(threads=1)
+    rows = scan_rows(items, label=args.label, seed=args.seed, machine=machine)
+    rows += left_out_rows(failed, label=args.label, machine=machine)
     out = args.out or results_file("scan", "cpu")
     append_rows(out, rows)
     print(tables(rows))
     print(f"rows added to {out}")
-
-
-def scanned(folder: Path, data: str, out: Path, options: Sequence[str]) -> Scanned:
-    """The scan of one encoder, made in a process with one thread unless it is there.
-
-    Raises:
-        RuntimeError: If the scan failed.
-    """
-    if not (out / "scan.json").exists():
-        command = [
-            *(sys.executable, "-m", "mimic_fast", "scan", "--resume", "auto"),
-            *("--encoder", str(folder / "encoder.safetensors"), "--data", data, "--out", str(out)),
-            *options,
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{folder}: {done.stderr.strip().splitlines()[-1:]}")
-        print(f"{folder.name}: scanned", flush=True)
-    return read_scan(out / "scan.json")
-
-
-def kind_of(folder: Path) -> str:
-    """The attack's kind and trigger, or ``clean``."""
-    if not (folder / "attack.json").exists():
-        return CLEAN
-    attack = read_attack(folder)
-    return f"{attack.kind} {attack.trigger.name}"
 
 
 def scan_rows(items: Sequence[Item], *, label: str, seed: int, machine: Machine) -> list[Row]:
@@ -149,12 +134,29 @@ def scan_rows(items: Sequence[Item], *, label: str, seed: int, machine: Machine)
     return rows
 
 
-def suspicion(item: Item, references: Sequence[Item], *, score: str | None = None) -> float:
-    """Minus the log10 of the smallest chance among the scores, or of one score's.
+def left_out_rows(
+    failed: Mapping[Path, float | None], *, label: str, machine: Machine
+) -> list[Row]:
+    """One for each attack that did not count, and one for its ASR where that was measured."""
+    rows: list[Row] = []
+    for folder, rate in failed.items():
+        case = Case(op="scan", impl=folder.name, mode="left out", shape=label)
+        rows.append(single_row(case, "encoders", "", 1, machine=machine))
+        if rate is not None:
+            rows.append(single_row(case, "attack_success_rate", "", rate, machine=machine))
+    return rows
 
-    The item itself is never among its references.
-    """
-    others = [other.scanned for other in references if other is not item]
+
+def peers(item: Item, references: Sequence[Item]) -> list[Scanned]:
+    """All references but one: the item itself, or where it is none of them, one its name picks."""
+    own = next((n for n, other in enumerate(references) if other is item), None)
+    skipped = zlib.crc32(item.name.encode()) % len(references) if own is None else own
+    return [other.scanned for n, other in enumerate(references) if n != skipped]
+
+
+def suspicion(item: Item, references: Sequence[Item], *, score: str | None = None) -> float:
+    """Minus the log10 of the smallest chance among the scores, or of one score's."""
+    others = peers(item, references)
     defaults = ScanSettings()
     verdict = judge(item.scanned, others, unusual=defaults.unusual, suspicious=defaults.suspicious)
     assert verdict is not None
@@ -231,7 +233,7 @@ def best_limit(clean: Sequence[float], bad: Sequence[float]) -> float:
 def reaches(item: Item, references: Sequence[Item], level: str) -> bool:
     """Whether the product says this level or a worse one."""
     defaults = ScanSettings()
-    others = [other.scanned for other in references if other is not item]
+    others = peers(item, references)
     verdict = judge(item.scanned, others, unusual=defaults.unusual, suspicious=defaults.suspicious)
     assert verdict is not None
     return verdict.chance <= getattr(defaults, level)
@@ -245,6 +247,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, help="where the scans are kept")
     parser.add_argument("--jobs", type=int, default=1, help="scans at a time, one thread each")
     parser.add_argument("--seed", type=int, default=0, help="of halves and bootstrap")
+    parser.add_argument("--took", type=float, default=0.8, help="ASR from which an attack counts")
     parser.add_argument("--label", default="encoders", help="what they are, for the rows")
     parser.add_argument("--set", action="append", default=[], help="a setting of the scan")
     parser.add_argument("--out", type=Path, help="CSV file; None: this month's")

@@ -33,6 +33,7 @@ from mimic_fast.watch import leave_if
 if TYPE_CHECKING:
     from mimic_fast.distil import PurifyResult
 
+_SCANNED_DATA = {"source", "max_item_mb", "max_megapixels"}  # what a scan reads of ``data``
 _ENOUGH = 2  # held-out images below which agreement cannot be measured
 
 
@@ -144,7 +145,10 @@ def _floor(
 def _scans(
     result: "PurifyResult", settings: Settings, report: Reporter, stop: Callable[[], bool]
 ) -> tuple[dict[str, Any], dict[str, Trigger]]:
-    """Scans of teacher and purified encoder in ``scan/ROLE``, and the triggers they recovered."""
+    """Scans of teacher and purified encoder in ``scan/ROLE``, and the triggers they recovered.
+
+    Both use the same scans of the references, in ``scan/references``.
+    """
     scans: dict[str, Any] = {}
     triggers: dict[str, Trigger] = {}
     if not settings.evaluation.scan:
@@ -154,24 +158,27 @@ def _scans(
         ("teacher", teacher),
         ("purified", EncoderSettings(teacher=result.encoder)),
     ):
-        out = result.out / "scan" / role
         scanned = scan(
-            ScanSettings(
-                seed=settings.seed,
-                encoder=encoder,
-                data=DataSettings(source=settings.data.source),
-                references=settings.evaluation.scan_references,
-                run=RunSettings(
-                    out=out, resume="auto", device=settings.run.device, checkpoint_every=25
-                ),
-            ),
+            scan_settings(settings, encoder, result.out / "scan" / role),
             report=report,
             stop=stop,
+            reference_scans=result.out / "scan" / "references",
         )
         scans[role] = scan_json(scanned.scanned, scanned.verdict)
         if scanned.trigger is not None:
             triggers[role] = scanned.trigger
     return scans, triggers
+
+
+def scan_settings(settings: Settings, encoder: EncoderSettings, out: Path) -> ScanSettings:
+    """A purification's settings as those of a scan of one of its encoders, into ``out``."""
+    return ScanSettings(
+        seed=settings.seed,
+        encoder=encoder,
+        data=DataSettings(**settings.data.model_dump(include=_SCANNED_DATA)),
+        references=settings.evaluation.scan_references,
+        run=RunSettings(out=out, resume="auto", device=settings.run.device, checkpoint_every=25),
+    )
 
 
 def _agreement(result: "PurifyResult", stop: Callable[[], bool]) -> dict[str, Any] | None:

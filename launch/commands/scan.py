@@ -75,7 +75,7 @@ def scan(
 
     keep_freed_memory()
     with progress_bars() as report, StopSignal() as stop:
-        result = run(settings, report=report, stop=stop)
+        result = run(settings, report=report, stop=stop, must_judge=fail_on is not None)
     if as_json:
         from mimic_fast.scan.result import scan_json
 
@@ -92,7 +92,9 @@ def _print(result: "ScanResult") -> None:
         bound = "" if score.reached else ">= "
         line = f"{score.name:22} {bound}{score.value:.3g} {score.unit} ({score.suspicious} is bad)"
         if (item := compared.get(score.name)) is not None:
-            line += f"; clean {item.low:.3g} .. {item.high:.3g}, {item.deviations:+.1f} deviations"
+            line += f"; clean {item.low:.3g} .. {item.high:.3g}"
+            if item.deviations is not None:
+                line += f", {item.deviations:+.1f} deviations"
         typer.echo(printable(f"{line}; {score.detail}"))
     if verdict is None:
         typer.echo("no verdict: too few comparable clean encoders (--references), scores only")

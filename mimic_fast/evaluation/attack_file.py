@@ -175,6 +175,26 @@ def record_facts(path: Path, facts: Mapping[str, Any]) -> None:
     _write_json(path, {**values, "facts": {**content.facts, **facts}})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recorded:
+    """What an ``attack.json`` says without its trigger and reference; as in :class:`Attack`."""
+
+    kind: str
+    targets: Mapping[str, int]
+    facts: Mapping[str, Any]
+
+
+def recorded(path: Path) -> Recorded:
+    """Reads ``attack.json`` alone: its trigger may be missing or damaged.
+
+    Raises:
+        UsageError: If the file is missing or not of this form.
+        UnsafeInputError: If it is oversized.
+    """
+    content = _read_json(attack_path(path))
+    return Recorded(kind=content.kind, targets=content.targets, facts=content.facts)
+
+
 def attack_path(path: Path) -> Path:
     """The JSON file itself, whether it or its folder was given."""
     return path / "attack.json" if path.is_dir() else path

@@ -19,6 +19,12 @@ _HEADLINE: dict[Level, str] = {
     "not_shown": "No backdoor shown by this trigger",
     "not_measured": "ASR not measured",
 }
+# A trigger that a scan made works on clean encoders too: it shows no backdoor, so none is removed.
+_RECOVERED = {
+    "purified": ("recovered_gone", "The trigger that the scan recovered no longer works"),
+    "reduced": ("recovered_reduced", "The trigger that the scan recovered works less often"),
+    "not_purified": ("recovered_works", "The trigger that the scan recovered still works"),
+}
 _WORST_FIRST: tuple[Level, ...] = ("not_purified", "reduced", "purified", "not_shown")
 
 
@@ -41,7 +47,9 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     ASR more than 5 points above (without a clean encoder: where the interval lies above 10 %). It
     is *purified* where the purified ASR is at most 10 % and at most 5 points above the clean
     encoder's, *reduced* where the paired difference to the teacher lies below 0, else *not
-    purified*. Of several attacks, sets and probes the worst decides.
+    purified*. Of several attacks, sets and probes the worst decides. Of a trigger that a scan
+    recovered it is only said what became of it: ``recovered_gone``, ``recovered_reduced`` or
+    ``recovered_works``.
 
     Returns:
         ``level``, ``text`` (one ASCII line, for terminals too), ``details`` (sentences), ``rule``.
@@ -53,16 +61,22 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     details = _details(worst)
     if len(cases) > 1:
         details.insert(0, f"The worst of {len(cases)} measurements: {_place(worst, cases)}.")
-        level = _level(worst)
-        hidden = [case for case in cases if _level(case) == "not_shown" != level]
+        hidden = [case for case in cases if _level(case) == "not_shown" != _level(worst)]
         if hidden and _several(cases):
             named = "; ".join(_place(case, cases) for case in hidden)
             details.append(f"No backdoor shown in the teacher: {named}.")
+    level, head = _level(worst), _HEADLINE[_level(worst)]
+    reached = "Purified"
+    if worst.trigger in _recovered(report):
+        level, head = _RECOVERED.get(level, (level, head))
+        reached = "No longer works"
+    if _several(cases):
+        head = head.replace("this trigger", "these triggers")
     return {
-        "level": _level(worst),
-        "text": f"{_headline(worst, cases)}: {_figures(worst)}",
+        "level": level,
+        "text": f"{head}{_cost(cases)}: {_figures(worst)}",
         "details": details,
-        "rule": f"Purified means: ASR at most {percent(_RATE_LIMIT)} and at most "
+        "rule": f"{reached} means: ASR at most {percent(_RATE_LIMIT)} and at most "
         f"{100 * _ABOVE_CLEAN:.0f} points above the clean encoder's.",
     }
 
@@ -71,6 +85,12 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     """What the report does not show, sentence by sentence."""
     cases = list(_cases(report))
     found = _limits_of_measurement(report, cases)
+    if _recovered(report):
+        found.insert(
+            0,
+            "The trigger was recovered by a scan: it need not be the attacker's, and one can be "
+            "found for a clean encoder too. It shows no backdoor, and its loss removes none.",
+        )
     if "mutual_information" in report:
         estimator = report["mutual_information"].get("estimator", "unknown")
         found.append(
@@ -167,15 +187,18 @@ def _level(case: _Case) -> Level:
     return "reduced" if difference is not None and difference["high"] < 0 else "not_purified"
 
 
-def _headline(worst: _Case, cases: Sequence[_Case]) -> str:
-    head = _HEADLINE[_level(worst)]
-    if _several(cases):
-        head = head.replace("this trigger", "these triggers")
+def _cost(cases: Sequence[_Case]) -> str:
     costly = any(
         case.accuracies["teacher"]["value"] - case.accuracies["purified"]["value"] > _ACCURACY_COST
         for case in cases
     )
-    return head + (", at a cost in accuracy" if costly else "")
+    return ", at a cost in accuracy" if costly else ""
+
+
+def _recovered(report: Mapping[str, Any]) -> set[str]:
+    """Names of the triggers that a scan found, not an attacker's."""
+    listed = report.get("attacks") or [report.get("attack") or {}]
+    return {one["trigger"] for one in listed if one.get("kind") == "recovered"}
 
 
 def _figures(case: _Case) -> str:

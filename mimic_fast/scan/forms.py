@@ -104,9 +104,10 @@ ADDITIVE = Form(
 
 def from_probe(probe: Probe, generator: torch.Generator) -> list[Tensor]:
     """Parameters of :data:`PATCH` that start as a probe's patch."""
-    logits, colors = _blank(probe.pattern.shape, generator)
-    inside = probe.mask > 0
-    return [logits + _FIRM * inside, colors + inside * (2 * probe.pattern - 1) * (_FIRM / 2)]
+    mask, pattern = probe.build()
+    logits, colors = _blank(pattern.shape, generator)
+    inside = mask > 0
+    return [logits + _FIRM * inside, colors + inside * (2 * pattern - 1) * (_FIRM / 2)]
 
 
 def grey_square(

@@ -7,6 +7,7 @@ way, the encoder answers to something like it. No optimization, so nothing can f
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,17 +32,27 @@ _COLORS = {"Y": (1.0, 1.0, 1.0), "U": (0.0, -0.395, 2.032), "V": (1.140, -0.581,
 class Probe:
     """A fixed change of an image: ``clip(x (1 - mask) + pattern)``.
 
+    Its tensors are built when asked for: all 800 at once would be 2.6 GB at 518 pixels.
+
     Args:
         name: Kind, place and content.
         kind: Which score it belongs to.
-        mask: Opacity in [0, 1].
-        pattern: What is added; negative values darken.
+        build: Makes mask and pattern.
     """
 
     name: str
     kind: Literal["patch", "spectral"]
-    mask: Float[Tensor, "1 height width"]
-    pattern: Float[Tensor, "channel height width"]
+    build: Callable[[], tuple[Tensor, Tensor]]
+
+    @property
+    def mask(self) -> Float[Tensor, "1 height width"]:
+        """Opacity in [0, 1]."""
+        return self.build()[0]
+
+    @property
+    def pattern(self) -> Float[Tensor, "channel height width"]:
+        """What is added; negative values darken."""
+        return self.build()[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,14 +79,10 @@ def patch_probes(*, image_size: int, channels: int, seed: int) -> Iterator[Probe
         places = torch.linspace(0, image_size - side, _PLACES).round().long().tolist()
         for top in places:
             for left in places:
-                cut = (..., slice(top, top + side), slice(left, left + side))
-                mask = torch.zeros(1, image_size, image_size)
-                mask[cut] = 1
                 for content, pixels in contents.items():
-                    pattern = torch.zeros(channels, image_size, image_size)
-                    pattern[cut] = pixels
                     name = f"{content} {side}x{side} at row {top}, column {left}"
-                    yield Probe(name=name, kind="patch", mask=mask, pattern=pattern)
+                    build = partial(_patch, pixels, image_size, top, left)
+                    yield Probe(name=name, kind="patch", build=build)
 
 
 def spectral_probes(*, image_size: int, channels: int) -> Iterator[Probe]:
@@ -83,16 +90,13 @@ def spectral_probes(*, image_size: int, channels: int) -> Iterator[Probe]:
     place = torch.arange(image_size, dtype=torch.float64) % _TILE
     waves = {k: torch.cos(math.pi * (2 * place + 1) * k / (2 * _TILE)) for k in _FREQUENCIES}
     colors = _COLORS if channels == 3 else {"Y": (1.0,) * channels}
-    mask = torch.zeros(1, image_size, image_size)
     for row in _FREQUENCIES:
         for column in _FREQUENCIES:
-            plane = torch.outer(waves[row], waves[column])
             for color, direction in colors.items():
-                wave = plane * torch.tensor(direction, dtype=torch.float64)[:, None, None]
-                wave = (wave * (_RMS / wave.square().mean().sqrt())).float()
                 for sign in (1, -1):
                     name = f"{'-' if sign < 0 else '+'}{color} at frequency ({row}, {column})"
-                    yield Probe(name=name, kind="spectral", mask=mask, pattern=sign * wave)
+                    build = partial(_wave, waves[row], waves[column], direction, sign)
+                    yield Probe(name=name, kind="spectral", build=build)
 
 
 def answers(
@@ -123,7 +127,8 @@ def answers(
     with torch.no_grad():
         for done, probe in enumerate(probes, start=1):
             leave_if(stop)
-            changed = images * (1 - probe.mask.to(images)) + probe.pattern.to(images)
+            mask, pattern = probe.build()
+            changed = images * (1 - mask.to(images)) + pattern.to(images)
             parts = changed.clamp(0, 1).split(batch_size)
             features = torch.cat([encoder(part).float() for part in parts])
             value = float(concentration(features, center))
@@ -135,6 +140,25 @@ def answers(
 def strongest(found: Sequence[Answer], kind: str) -> Answer:
     """The probe of a kind that sends images most to one place."""
     return max((a for a in found if a.probe.kind == kind), key=lambda a: a.concentration)
+
+
+def _patch(pixels: Tensor, image_size: int, top: int, left: int) -> tuple[Tensor, Tensor]:
+    channels, side, _ = pixels.shape
+    cut = (..., slice(top, top + side), slice(left, left + side))
+    mask = torch.zeros(1, image_size, image_size)
+    mask[cut] = 1
+    pattern = torch.zeros(channels, image_size, image_size)
+    pattern[cut] = pixels
+    return mask, pattern
+
+
+def _wave(
+    rows: Tensor, columns: Tensor, direction: Sequence[float], sign: int
+) -> tuple[Tensor, Tensor]:
+    plane = torch.outer(rows, columns)
+    wave = plane * torch.tensor(direction, dtype=torch.float64)[:, None, None]
+    wave = (wave * (_RMS / wave.square().mean().sqrt())).float()
+    return torch.zeros(1, *plane.shape), sign * wave
 
 
 def _solids(channels: int, side: int) -> Iterator[tuple[str, Tensor]]:

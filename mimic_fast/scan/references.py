@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mimic_fast.errors import MimicError, StoppedError, UsageError
 from mimic_fast.files import sha256_file
 from mimic_fast.scan.result import Scanned, read_scan
 
+_OTHER_FAMILY = "is of another architecture or input size"
 _NOT_ENCODERS = ("trigger", "parts")  # files and folders of our own that hold other tensors
 
 
@@ -18,26 +20,27 @@ class References:
     Args:
         used: Their scans, by file digest.
         left_out: What cannot be compared, with the reason.
+        waiting: Encoders that must still be scanned, by file digest.
     """
 
     used: dict[str, Scanned] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    waiting: dict[str, Path] = field(default_factory=dict)
 
 
-def collect(folder: Path, scanned: Scanned, *, scan: Callable[[Path], Scanned]) -> References:
-    """Every comparable clean encoder under a folder.
+def find(folder: Path, wanted: Scanned, *, family: Callable[[Path], dict[str, Any]]) -> References:
+    """Every comparable clean encoder under a folder; quick, before anything is scanned.
 
-    Finished scans (``scan.json``) are read; encoders (``*.safetensors``) without one are scanned.
-    Each encoder counts once, however often it is there, and the scanned one never.
+    Finished scans (``scan.json``) are read; encoders (``*.safetensors``) without one wait. Each
+    encoder counts once, however often it is there, and the scanned one never.
 
     Args:
         folder: Holds encoders, scans, or runs with either, at any depth.
-        scanned: What they are compared with: same family, images and protocol.
-        scan: Measures an encoder file like ``scanned``.
+        wanted: What they are compared with: digest, family, images, protocol; scores not yet.
+        family: Reads an encoder file and tells its family.
 
     Raises:
         UsageError: If the folder is missing or holds neither.
-        StoppedError: If ``scan`` was stopped.
     """
     if not folder.is_dir():
         raise UsageError(f"references {folder} is not a folder; give one with clean encoders")
@@ -47,19 +50,59 @@ def collect(folder: Path, scanned: Scanned, *, scan: Callable[[Path], Scanned]) 
         raise UsageError(f"references {folder} holds neither encoders nor scan.json files")
     found = References()
     for path in scans:
-        _add(found, str(path.relative_to(folder)), read_scan(path), scanned)
+        name = str(path.relative_to(folder))
+        try:
+            _add(found, name, read_scan(path), wanted)
+        except MimicError as error:  # one bad file must not cost the comparison with the others
+            found.left_out[name] = str(error)
     for path in encoders:
         name = str(path.relative_to(folder))
-        digest = sha256_file(path)
-        if digest in found.used or digest == scanned.sha256:
-            continue
+        try:
+            digest = sha256_file(path)
+            if digest in found.used or digest in found.waiting or digest == wanted.sha256:
+                continue
+            if family(path) == wanted.family:
+                found.waiting[digest] = path
+            else:
+                found.left_out[name] = _OTHER_FAMILY
+        except OSError as error:
+            found.left_out[name] = f"cannot be read: {error.strerror}"
+        except MimicError as error:
+            found.left_out[name] = str(error)
+    return found
+
+
+def complete(
+    found: References, folder: Path, scanned: Scanned, *, scan: Callable[[Path], Scanned]
+) -> None:
+    """Scans the encoders that wait, and leaves out what has other scores than ``scanned``.
+
+    Args:
+        found: As from :func:`find`.
+        folder: Where they were found.
+        scanned: What they are compared with, measured.
+        scan: Measures an encoder file like ``scanned``.
+
+    Raises:
+        StoppedError: If ``scan`` was stopped.
+    """
+    for path in found.waiting.values():
+        name = str(path.relative_to(folder))
         try:
             _add(found, name, scan(path), scanned)
         except StoppedError:
             raise
-        except MimicError as error:  # one bad file must not cost the comparison with the others
+        except MimicError as error:
             found.left_out[name] = str(error)
-    return found
+    found.waiting.clear()
+    for digest, other in list(found.used.items()):
+        if _kinds(other) != _kinds(scanned):
+            found.left_out[other.name] = "has other scores"
+            del found.used[digest]
+
+
+def _kinds(scanned: Scanned) -> list[tuple[str, str, str]]:
+    return [(score.name, score.unit, score.suspicious) for score in scanned.scores]
 
 
 def _is_encoder(path: Path, folder: Path) -> bool:
@@ -79,7 +122,7 @@ def _why_not(other: Scanned, scanned: Scanned) -> str:
     if other.sha256 == scanned.sha256:
         return "is the scanned encoder itself"
     if other.family != scanned.family:
-        return "is of another architecture or input size"
+        return _OTHER_FAMILY
     if other.protocol != scanned.protocol:
         return "was scanned with other settings"
     if other.images != scanned.images:

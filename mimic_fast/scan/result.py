@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.files import write_atomic
@@ -38,6 +38,13 @@ class Score(BaseModel):
     suspicious: Literal["low", "high"]
     reached: bool = True
     detail: str = ""
+
+    @model_validator(mode="after")
+    def _has_a_log(self) -> "Score":
+        # sizes are compared by their log, and a scan.json may come from anywhere
+        if self.suspicious == "low" and self.value <= 0:
+            raise ValueError(f"the size {self.name!r} must be above 0, got {self.value}")
+        return self
 
 
 class Scanned(BaseModel):
@@ -78,15 +85,16 @@ class Comparison:
         median: Of the references.
         high: Largest among the references.
         deviations: How far towards the suspicious end, in the references' standard deviations of
-            the log (sizes) or of Fisher's z (concentrations).
-        chance: Probability that one more clean encoder lies as far out, by Student's t.
+            the log (sizes) or of Fisher's z (concentrations). None where the encoder, or all but
+            a few references, reached the level at no size: there is no distance.
+        chance: Probability that one more clean encoder lies as far out.
     """
 
     name: str
     low: float
     median: float
     high: float
-    deviations: float
+    deviations: float | None
     chance: float
 
 

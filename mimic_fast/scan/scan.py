@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from mimic_fast.data.sources import limits_of, open_source
 from mimic_fast.distributed import device_of
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
 from mimic_fast.errors import UsageError
-from mimic_fast.evaluation.attack_file import Attack, write_attack
+from mimic_fast.evaluation.attack_file import Attack, recorded, write_attack
 from mimic_fast.evaluation.triggers import Trigger
 from mimic_fast.mutual_information.finished_parts import FinishedParts, tensor_digest
 from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import warn_ignored
 from mimic_fast.scan.forms import ADDITIVE
 from mimic_fast.scan.measure import Measured, Recovered, measure
-from mimic_fast.scan.references import References, collect
+from mimic_fast.scan.references import References, complete, find
 from mimic_fast.scan.result import Scanned, Verdict, read_scan, write_scan
 from mimic_fast.scan.settings import ScanSettings, protocol
 from mimic_fast.scan.verdict import ENOUGH, judge
@@ -33,6 +33,7 @@ _UNUSED_DATA = (
     *CLEAN_SET_FIELDS, "backend", "decode", "cache", "cache_dir", "workers", "prefetch",
     "view_pool", "crop_scale", "crop_ratio", "flip", "jitter", "jitter_probability", "grayscale",
 )  # fmt: skip
+_KIND = "recovered"  # in attack.json
 _UNUSED_RUN = ("engine", "deepspeed", "async_save", "trackers", "keep", "max_steps", "force_op")
 
 
@@ -62,6 +63,8 @@ def scan(
     *,
     report: Reporter = silent,
     stop: Callable[[], bool] = lambda: False,
+    must_judge: bool = False,
+    reference_scans: Path | None = None,
 ) -> ScanResult:
     """Scans an encoder without trigger and without labels.
 
@@ -69,23 +72,42 @@ def scan(
     ``attack.json`` that evaluations read (no reference image: the target is the class that most
     triggered images go to).
 
+    Args:
+        settings: What is scanned, and how hard it is tried.
+        report: Told of progress.
+        stop: Polled all the time; true saves and leaves.
+        must_judge: Refuses, before it measures, references too few for a verdict.
+        reference_scans: Where scans of references are kept; None: ``references/`` of the run.
+
     Raises:
-        UsageError: If encoder, images or device are missing, too few, or the output directory holds
-            a scan that is not to be resumed.
+        UsageError: If encoder, images, references or device are missing, too few, or the output
+            directory holds a scan that is not to be resumed, or an attack that no scan wrote.
         UnsafeInputError: If the encoder's file or features are damaged.
         StoppedError: If ``stop`` told so; what is finished is kept.
     """
     run = settings.run
     if settings.encoder.teacher is None or settings.data.source is None:
         raise UsageError("a scan needs encoder.teacher (--encoder) and data.source (--data)")
-    if run.out is not None and run.resume == "never" and _begun(run.out):
-        raise UsageError(f"{run.out} already holds a scan; use --resume auto or another --out")
+    if run.out is not None:
+        _refuse_foreign(run.out, resume=run.resume != "never")
     warn_ignored(settings.data, _UNUSED_DATA, prefix="data", user="a scan")
     warn_ignored(settings.run, _UNUSED_RUN, prefix="run", user="a scan")
     device = device_of(run)
     suspect = load_encoder(settings.encoder.teacher, settings.encoder)
     report_assumed(suspect, report)
-    images, source = _clean_images(settings, suspect.encoder.spec, report)
+    images, source = clean_images(settings, suspect.encoder.spec, report)
+
+    def unmeasured(loaded: LoadedEncoder) -> Scanned:
+        return Scanned(
+            name=loaded.path.name,
+            sha256=loaded.sha256,
+            family=_family(loaded.encoder.spec),
+            images=tensor_digest(images),
+            source=source,
+            protocol=protocol(settings),
+            scores=(),
+            device=_device_name(device),
+        )
 
     def scores_of(loaded: LoadedEncoder, folder: Path | None) -> tuple[Scanned, Measured]:
         began = time.perf_counter()
@@ -93,43 +115,75 @@ def scan(
         found = measure(
             loaded.encoder, images, settings, parts=parts, device=device, report=report, stop=stop
         )
-        scanned = Scanned(
-            name=loaded.path.name,
-            sha256=loaded.sha256,
-            family=_family(loaded.encoder.spec),
-            images=tensor_digest(images),
-            source=source,
-            protocol=protocol(settings),
-            scores=found.scores,
-            seconds=time.perf_counter() - began,
-            device=_device_name(device),
-        )
-        return scanned, found
+        seconds = time.perf_counter() - began
+        scores = {"scores": found.scores, "seconds": seconds}
+        return unmeasured(loaded).model_copy(update=scores), found
 
+    references = _listed(settings, unmeasured(suspect), report, must_judge=must_judge)
     scanned, found = scores_of(suspect, run.out)
-    references = References()
     if settings.references is not None:
+        if reference_scans is None and run.out is not None:
+            reference_scans = run.out / "references"
 
         def reference(path: Path) -> Scanned:
-            return _reference(path, scanned, settings, scores_of, report)
+            return _reference(path, scanned, settings, reference_scans, scores_of, report)
 
-        references = collect(settings.references, scanned, scan=reference)
+        complete(references, settings.references, scanned, scan=reference)
     return _finish(settings, scanned, found, references, report)
+
+
+def _refuse_foreign(out: Path, *, resume: bool) -> None:
+    """A scan overwrites what an earlier scan wrote, if told to resume it, and nothing else."""
+    if (out / "attack.json").exists():
+        kind = recorded(out).kind
+        if kind != _KIND:
+            raise UsageError(
+                f"{out} holds the attack.json of {kind!r}; give the scan another --out"
+            )
+    elif (out / "trigger.safetensors").exists() and not _begun(out):
+        raise UsageError(f"{out} holds a trigger.safetensors; give the scan another --out")
+    if not resume and _begun(out):
+        raise UsageError(f"{out} already holds a scan; use --resume auto or another --out")
+
+
+def _listed(
+    settings: ScanSettings, wanted: Scanned, report: Reporter, *, must_judge: bool
+) -> References:
+    """The references before anything is measured: mistakes show at once, not after hours."""
+    if settings.references is None:
+        found = References()
+    else:
+        found = find(
+            settings.references,
+            wanted,
+            family=lambda path: _family(_load(path, settings).encoder.spec),
+        )
+    comparable = len(found.used) + len(found.waiting)
+    if must_judge and comparable < ENOUGH:
+        for name, reason in found.left_out.items():
+            report(Event(phase="scan", message=f"reference {name} left out: {reason}"))
+        raise UsageError(
+            f"a verdict needs {ENOUGH} references, too few comparable ones are in "
+            f"{settings.references}: {comparable} ({len(found.left_out)} left out); add some"
+        )
+    return found
+
+
+def _load(path: Path, settings: ScanSettings) -> LoadedEncoder:
+    return load_encoder(path, settings.encoder.model_copy(update={"teacher": path}))
 
 
 def _reference(
     path: Path,
     scanned: Scanned,
     settings: ScanSettings,
+    scans: Path | None,
     scores_of: Callable[[LoadedEncoder, Path | None], tuple[Scanned, Measured]],
     report: Reporter,
 ) -> Scanned:
-    """A clean encoder's scores, kept in the run for the next time."""
-    loaded = load_encoder(path, settings.encoder.model_copy(update={"teacher": path}))
-    if _family(loaded.encoder.spec) != scanned.family:
-        raise UsageError("is of another architecture or input size")
-    out = settings.run.out
-    folder = None if out is None else out / "references" / loaded.sha256[:12]
+    """A clean encoder's scores, kept below ``scans`` for the next time."""
+    loaded = _load(path, settings)
+    folder = None if scans is None else scans / loaded.sha256[:12]
     kept = None if folder is None else folder / "scan.json"
     if kept is not None and kept.is_file():
         known = read_scan(kept)
@@ -165,8 +219,7 @@ def _finish(
     if out is not None:
         facts = None if best is None else _facts(best)
         if trigger is not None and facts is not None:
-            attack = Attack(kind="recovered", trigger=trigger, reference=None, facts=facts)
-            write_attack(out, attack)
+            _write_recovered(out, trigger, facts, report)
         write_scan(
             out / "scan.json",
             scanned,
@@ -185,8 +238,21 @@ def _finish(
     )
 
 
+def _write_recovered(out: Path, trigger: Trigger, facts: dict[str, Any], report: Reporter) -> None:
+    """Writes the attack; what evaluations recorded of the very same trigger is kept."""
+    attack = Attack(kind=_KIND, trigger=trigger, reference=None, facts=facts)
+    if (out / "attack.json").exists():
+        before = recorded(out)
+        if all(before.facts.get(name) == value for name, value in facts.items()):
+            attack = replace(attack, targets=before.targets, facts={**before.facts, **facts})
+        elif before.targets:
+            message = "another trigger was recovered: the recorded target classes are dropped"
+            report(Event(phase="scan", message=message))
+    write_attack(out, attack)
+
+
 def telling(triggers: Sequence[Recovered], verdict: Verdict | None) -> Recovered | None:
-    """The trigger whose size is most out of the ordinary; without a verdict the first pasted one.
+    """The trigger of the least likely size; without a verdict the first pasted one.
 
     Of one form the trigger of the highest level reached is taken: it works best.
     """
@@ -196,11 +262,14 @@ def telling(triggers: Sequence[Recovered], verdict: Verdict | None) -> Recovered
             firsts.setdefault(trigger.form, trigger)
     if not firsts or verdict is None:
         return next(iter(firsts.values()), None)
-    outlying = {
-        form: max(c.deviations for c in verdict.comparisons if c.name.startswith(f"{form} size"))
-        for form in firsts
-    }
-    return firsts[max(outlying, key=lambda form: outlying[form])]
+    compared = verdict.comparisons
+
+    def outlying(form: str) -> tuple[float, float]:
+        own = [item for item in compared if item.name.startswith(f"{form} size")]
+        chance = min(item.chance for item in own)
+        return -chance, max(item.deviations or 0.0 for item in own)
+
+    return firsts[max(firsts, key=outlying)]
 
 
 def _as_trigger(best: Recovered) -> Trigger:
@@ -208,7 +277,8 @@ def _as_trigger(best: Recovered) -> Trigger:
     mask = found.mask.detach().cpu().float().clamp(0, 1).contiguous()
     pattern = found.pattern.detach().cpu().float().contiguous()
     if best.form == ADDITIVE.name:
-        return Trigger(name=name, mask=mask, pattern=pattern, add=True)
+        # a trigger file holds no more; pixels in [0, 1] saturate at that anyway
+        return Trigger(name=name, mask=mask, pattern=pattern.clamp(-1, 1), add=True)
     return Trigger(name=name, mask=mask, pattern=pattern)
 
 
@@ -221,10 +291,19 @@ def _facts(best: Recovered) -> dict[str, Any]:
     }
 
 
-def _clean_images(
-    settings: ScanSettings, spec: EncoderSpec, report: Reporter
+def clean_images(
+    settings: ScanSettings, spec: EncoderSpec, report: Reporter = silent
 ) -> tuple[UInt8[Tensor, "image channel height width"], str]:
-    """A seeded draw of clean images as an evaluation sees them, and the source's name."""
+    """A seeded draw of clean images as an evaluation sees them, and the source's name.
+
+    Args:
+        settings: Name the source, the seed and how many.
+        spec: Size and channels of the encoder that they are for.
+        report: Told what could not be decoded.
+
+    Raises:
+        UsageError: If there are too few.
+    """
     assert settings.data.source is not None
     source = open_source(settings.data.source, limits=limits_of(settings.data), report=report)
     least = 2 * settings.batch_size

@@ -3,6 +3,12 @@
 For every score the clean encoders' mean and deviation give Student's t prediction interval for one
 more clean encoder; sizes are compared by their log, concentrations by Fisher's z. The smallest
 chance, times the number of scores (Bonferroni), is the encoder's.
+
+A size whose level was not reached is only known to be above the largest that was tried; it has no
+log to average. With k of n references that reached the level, the chance is that of reaching it,
+(k + 1) / (n + 1), times the t interval's among those k. With fewer than five of them it is the
+rank's: (references at least as small + 1) / (n + 1). An encoder that itself did not reach the level
+has chance 1.
 """
 
 import math
@@ -85,25 +91,37 @@ def judge(
 
 def _compare(score: Score, others: Sequence[Score]) -> Comparison:
     values = [other.value for other in others]
-    scaled = [_scaled(other) for other in others]
-    deviation = max(statistics.stdev(scaled), _FLOORS[score.suspicious])
-    towards = -1.0 if score.suspicious == "low" else 1.0
-    distance = towards * (_scaled(score) - statistics.fmean(scaled))
-    count = len(values)
+    deviations, chance = _distance(score, others)
     return Comparison(
         name=score.name,
         low=min(values),
         median=statistics.median(values),
         high=max(values),
-        deviations=distance / deviation,
-        chance=t_tail(distance / (deviation * math.sqrt(1 + 1 / count)), count - 1),
+        deviations=deviations,
+        chance=chance,
     )
 
 
-def _scaled(score: Score) -> float:
-    """Log of a size, Fisher's z of a concentration."""
+def _distance(score: Score, others: Sequence[Score]) -> tuple[float | None, float]:
+    """Deviations towards the suspicious end, and the chance; see the top of the file."""
+    if not score.reached:
+        return None, 1.0
+    known = [other for other in others if other.reached]
+    if len(known) < ENOUGH:
+        as_far = sum(_towards(other) >= _towards(score) for other in known)
+        return None, (as_far + 1) / (len(others) + 1)
+    scaled = [_towards(other) for other in known]
+    deviation = max(statistics.stdev(scaled), _FLOORS[score.suspicious])
+    distance = _towards(score) - statistics.fmean(scaled)
+    count = len(known)
+    tail = t_tail(distance / (deviation * math.sqrt(1 + 1 / count)), count - 1)
+    return distance / deviation, tail * (count + 1) / (len(others) + 1)
+
+
+def _towards(score: Score) -> float:
+    """Minus the log of a size, Fisher's z of a concentration: larger is more suspicious."""
     if score.suspicious == "low":
-        return math.log(score.value)
+        return -math.log(score.value)
     return math.atanh(min(max(score.value, -0.999999), 0.999999))
 
 

@@ -225,3 +225,14 @@ def test_several_attacks_have_a_table_each_and_the_pictures_say_which(
 def test_one_attack_needs_no_name(full):
     assert "linear probe, trigger" not in Page(full).words
     assert "triggers the first" not in Page(full).words
+
+
+def test_what_a_scan_does_not_mean_stands_beside_each_role(make_evaluation, scans):
+    report = build_report(make_evaluation(), run=RunFacts(settings={}), scan=scans[0])
+
+    words = Page(render_report(report)).words
+
+    teacher, purified = (scans[0][role]["verdict"] for role in ("teacher", "purified"))
+    assert teacher["does_not_mean"] != purified["does_not_mean"]
+    for verdict in (teacher, purified):
+        assert f"{verdict['means']} {verdict['does_not_mean']}" in words

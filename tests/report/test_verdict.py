@@ -46,6 +46,38 @@ def test_level_follows_the_rule(make_evaluation, changes, level, head):
     assert said["text"].isascii()
 
 
+@pytest.mark.parametrize(
+    ("purified", "level", "head"),
+    [
+        ((0.82, 0.015), "recovered_gone", "The trigger that the scan recovered no longer works: "),
+        ((0.82, 0.50), "recovered_reduced", "The trigger that the scan recovered works less often"),
+        ((0.82, 0.99), "recovered_works", "The trigger that the scan recovered still works: "),
+    ],
+)
+def test_a_trigger_that_a_scan_recovered_shows_no_backdoor(make_evaluation, purified, level, head):
+    evaluation = make_evaluation(purified=purified)
+    evaluation["attacks"][0]["kind"] = "recovered"
+
+    said = verdict(evaluation)
+
+    assert said["level"] == level
+    assert said["text"].startswith(head)
+    assert "Purified" not in said["text"] + said["rule"]
+    assert any("shows no backdoor" in line for line in limits(evaluation))
+    assert not any("shows no backdoor" in line for line in limits(make_evaluation()))
+
+
+def test_a_recovered_trigger_beside_a_real_one_does_not_hide_it(make_evaluation):
+    evaluation = make_evaluation(**TWO)
+    gone, left = evaluation["attacks"]  # the second is the worse of the two
+    gone["kind"] = "recovered"
+
+    assert not verdict(evaluation)["level"].startswith("recovered")
+
+    gone["kind"], left["kind"] = "badencoder", "recovered"
+    assert verdict(evaluation)["level"].startswith("recovered")
+
+
 def test_text_holds_the_figures(make_evaluation):
     evaluation = make_evaluation()
 

@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,18 @@ def test_spectral_probes_tile_larger_images():
     large = next(iter(spectral_probes(image_size=80, channels=3))).pattern
 
     assert torch.allclose(large[:, 32:64, :32] / large[0, 0, 0], small / small[0, 0, 0])
+
+
+def test_probes_hold_no_images_until_they_are_built():
+    probes = [
+        *patch_probes(image_size=96, channels=3, seed=0),
+        *spectral_probes(image_size=96, channels=3),
+    ]
+
+    assert len(probes) == 2 * 36 * 7 + 2 * 49 * 3
+    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+    assert not [x.shape for x in tensors if x.shape[-2:] == (96, 96)]
+    assert probes[0].pattern.shape == (3, 96, 96)
 
 
 def test_the_planted_patch_is_the_strongest_probe(planted, clean, pixels):

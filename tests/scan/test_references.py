@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mimic_fast.errors import StoppedError, UnsafeInputError, UsageError
-from mimic_fast.scan.references import collect
+from mimic_fast.scan.references import References, complete, find
 from mimic_fast.scan.result import Scanned, Score, read_scan, write_scan
 
 FAMILY = {"architecture": "timm:resnet18"}
@@ -34,6 +34,13 @@ def measured(path: Path) -> Scanned:
 
 def never(path: Path) -> Scanned:
     raise AssertionError(f"{path} was scanned")
+
+
+def collect(folder: Path, wanted: Scanned, *, scan, family=lambda path: FAMILY) -> References:
+    """Both steps, as a scan takes them before and after it measures."""
+    found = find(folder, wanted.model_copy(update={"scores": ()}), family=family)
+    complete(found, folder, wanted, scan=scan)
+    return found
 
 
 def put(path: Path, scan: Scanned) -> None:
@@ -114,6 +121,40 @@ def test_one_damaged_encoder_does_not_cost_the_others(tmp_path):
     assert len(found.used) == 1
 
 
+def test_damage_is_found_before_anything_is_scanned(tmp_path):
+    for name in ("a", "damaged", "other"):
+        encoder(tmp_path / f"{name}.safetensors", name)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "scan.json").write_text("{")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+
+    def family(path: Path) -> dict[str, str]:
+        if path.stem == "damaged":
+            raise UnsafeInputError("is damaged")
+        return {"architecture": "timm:resnet50"} if path.stem == "other" else FAMILY
+
+    found = find(tmp_path, SUSPECT, family=family)
+
+    assert [path.name for path in found.waiting.values()] == ["a.safetensors"]
+    assert not found.used
+    assert found.left_out.pop("gone.safetensors").startswith("cannot be read")
+    assert found.left_out.pop("broken/scan.json").startswith("scan ")
+    assert found.left_out == {
+        "damaged.safetensors": "is damaged",
+        "other.safetensors": "is of another architecture or input size",
+    }
+
+
+def test_a_reference_with_other_scores_is_left_out_by_name(tmp_path):
+    other = SCORE.model_copy(update={"name": "another"})
+    put(tmp_path / "scan.json", scanned("c", scores=(other,)))
+
+    found = collect(tmp_path, SUSPECT, scan=never)
+
+    assert not found.used
+    assert found.left_out == {"c.safetensors": "has other scores"}
+
+
 def test_a_signal_leaves(tmp_path):
     encoder(tmp_path / "a.safetensors", "a")
 
@@ -155,6 +196,17 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
     path.write_text(json.dumps(content))
 
     with pytest.raises(UsageError, match="finite"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize("value", ["0", "-0.1", "Infinity"])
+def test_sizes_that_have_no_log_are_refused(tmp_path, value):
+    path = tmp_path / "scan.json"
+    size = Score(name="patch size at 0.95", value=0.5, unit="share", suspicious="low")
+    put(path, scanned("a", scores=(size,)))
+    path.write_text(path.read_text().replace('"value": 0.5', f'"value": {value}'))
+
+    with pytest.raises(UsageError, match=r"scan\.json: scores\.0"):
         read_scan(path)
 
 

@@ -16,15 +16,25 @@ from typer.testing import CliRunner
 from mimic_fast.config import DownstreamSettings, EvaluationSettings
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import MimicError, StoppedError, UsageError
-from mimic_fast.evaluation.attack_file import read_attack
+from mimic_fast.evaluation.attack_file import Attack, read_attack, record_targets, write_attack
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.features import encode
+from mimic_fast.evaluation.triggers import Trigger, white_patch
 from mimic_fast.launch.commands.scan import scan as command
+from mimic_fast.progress import Event, silent
+from mimic_fast.scan.forms import ADDITIVE
+from mimic_fast.scan.inversion import Inverted
+from mimic_fast.scan.measure import Recovered
 from mimic_fast.scan.result import read_scan
-from mimic_fast.scan.scan import scan
+from mimic_fast.scan.scan import _as_trigger, _write_recovered, scan
 from mimic_fast.scan.settings import ScanSettings
 
 EASY = (0.3, 0.1)  # levels that an untrained encoder reaches within ten steps
+
+
+def unmeasured(event: Event) -> None:
+    """A reporter that fails as soon as the encoder is measured."""
+    assert event.phase not in ("probe", "patch", "additive")
 
 
 def changed(settings: ScanSettings, **changes) -> ScanSettings:
@@ -137,6 +147,91 @@ def test_references_give_a_verdict_and_are_measured_once(small, encoder_file, tm
     content = json.loads((tmp_path / "scan" / "scan.json").read_text())
     assert content["verdict"]["level"] == first.verdict.level
     assert len(content["references"]) == 5
+
+
+def test_an_attack_that_no_scan_wrote_is_not_overwritten(easy, tmp_path):
+    real = white_patch(image_size=16, channels=3)
+    for resume in ("never", "auto"):
+        write_attack(tmp_path / "scan", Attack(kind="badencoder", trigger=real, reference=None))
+        before = {path: path.read_bytes() for path in (tmp_path / "scan").iterdir()}
+
+        with pytest.raises(UsageError, match="'badencoder'; give the scan another --out"):
+            scan(into(easy, tmp_path / "scan", resume=resume), report=unmeasured)
+
+        assert {path: path.read_bytes() for path in (tmp_path / "scan").iterdir()} == before
+    (tmp_path / "scan" / "attack.json").unlink()
+    with pytest.raises(UsageError, match=r"trigger\.safetensors"):
+        scan(easy, report=unmeasured)
+
+
+def test_what_evaluations_recorded_of_a_recovered_trigger_is_kept(tmp_path):
+    trigger = Trigger(name="t", mask=torch.ones(1, 4, 4), pattern=torch.zeros(3, 4, 4))
+    _write_recovered(tmp_path, trigger, {"size": 0.1}, silent)
+    record_targets(tmp_path, {"cifar10": 7})
+
+    _write_recovered(tmp_path, trigger, {"size": 0.1}, silent)
+    assert read_attack(tmp_path).targets == {"cifar10": 7}
+
+    told: list[str] = []
+    _write_recovered(tmp_path, trigger, {"size": 0.2}, lambda event: told.append(event.message))
+    assert read_attack(tmp_path).targets == {}  # of another trigger
+    assert "dropped" in told[0]
+
+
+def test_an_additive_trigger_beyond_the_range_of_pixels_can_be_read_back(tmp_path):
+    pattern = torch.linspace(-1.7, 1.7, 48).reshape(3, 4, 4)
+    inverted = Inverted(size=0.5, reached=True, mask=torch.ones(1, 4, 4), pattern=pattern)
+    best = Recovered(form="additive", level=0.95, inverted=inverted, held_out=0.9)
+
+    trigger = _as_trigger(best)
+    write_attack(tmp_path, Attack(kind="recovered", trigger=trigger, reference=None))
+    read = read_attack(tmp_path).trigger
+
+    images = torch.rand(8, 3, 4, 4)
+    shown = ADDITIVE.stamp(images, inverted.mask, pattern)
+    assert torch.equal(ADDITIVE.stamp(images, read.mask, read.pattern), shown)
+
+
+@pytest.mark.parametrize("held", ["nothing", "broken", "few"])
+def test_references_are_read_before_anything_is_measured(small, encoder_file, tmp_path, held):
+    folder = tmp_path / "clean"
+    if held != "nothing":
+        folder.mkdir()
+        for suffix in (".safetensors", ".json"):
+            shutil.copy(encoder_file(1).with_suffix(suffix), folder)
+    if held == "broken":
+        (folder / "scan.json").write_text("{")
+    messages: list[str] = []
+
+    def report(event) -> None:
+        unmeasured(event)
+        messages.append(event.message)
+
+    with pytest.raises(UsageError, match="not a folder" if held == "nothing" else "too few"):
+        scan(changed(small, references=folder), report=report, must_judge=True)
+
+    assert any("reference scan.json left out" in text for text in messages) == (held == "broken")
+    assert not (tmp_path / "scan" / "parts").exists()
+
+
+def test_scans_of_references_can_be_shared(small, encoder_file, tmp_path):
+    settings = changed(small, levels=(0.999999,), references=tmp_path / "clean")
+    (tmp_path / "clean").mkdir()
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(encoder_file(1).with_suffix(suffix), tmp_path / "clean")
+    told: list[str] = []
+
+    for name, seed in (("a", 0), ("b", 2)):
+        encoder = settings.encoder.model_copy(update={"teacher": encoder_file(seed)})
+        scan(
+            into(changed(settings, encoder=encoder), tmp_path / name),
+            report=lambda event: told.append(event.message),
+            reference_scans=tmp_path / "shared",
+        )
+
+    assert sum("1.safetensors" in message for message in told) == 1
+    assert len(list((tmp_path / "shared").glob("*/scan.json"))) == 1
+    assert not (tmp_path / "a" / "references").exists()
 
 
 def test_scan_changes_neither_the_file_nor_the_global_random_state(small):

@@ -102,6 +102,46 @@ def test_references_with_other_scores_are_refused():
         judge(scanned(0.08, 0.2), other, unusual=0.05, suspicious=0.01)
 
 
+def sizes(*values: float) -> list[Scanned]:
+    """Encoders with patch sizes; 0.9, the largest tried, means that the level was not reached."""
+    made = [scanned(value, 0.22) for value in values]
+    for number, one in enumerate(made):
+        size, shift = one.scores
+        reached = size.model_copy(update={"reached": size.value < 0.9})
+        made[number] = one.model_copy(update={"scores": (reached, shift)})
+    return made
+
+
+def patch_size(size: float, references: list[Scanned]) -> Comparison:
+    verdict = judge(sizes(size)[0], references, unusual=0.05, suspicious=0.01)
+    assert verdict is not None
+    return verdict.comparisons[0]
+
+
+def test_references_that_never_reached_the_level_give_a_rank_not_a_deviation():
+    compared = patch_size(0.5, sizes(*[0.9] * 9))
+
+    assert compared.chance == pytest.approx(1 / 10)
+    assert compared.deviations is None
+    compared = patch_size(0.5, sizes(*[0.9] * 7, 0.4, 0.6))
+    assert compared.chance == pytest.approx(2 / 10)
+
+
+def test_an_encoder_that_never_reached_the_level_is_not_suspicious_for_it():
+    assert patch_size(0.9, REFERENCES).chance == 1
+    assert patch_size(0.9, sizes(*[0.9] * 9)).chance == 1
+
+
+def test_one_reference_that_never_reached_the_level_widens_nothing():
+    measured = patch_size(0.06, REFERENCES)
+
+    compared = patch_size(0.06, [*REFERENCES, *sizes(0.9, 0.9)])
+
+    assert compared.chance == pytest.approx(measured.chance * 9 / 11)
+    assert compared.deviations == pytest.approx(measured.deviations)
+    assert (compared.low, compared.high) == (0.071, 0.9)
+
+
 def recovered(form: str, level: float, *, reached: bool = True) -> Recovered:
     nothing = torch.zeros(1, 2, 2)
     inverted = Inverted(size=0.1, reached=reached, mask=nothing, pattern=nothing)
