@@ -375,7 +375,7 @@ class EvaluationSettings(Frozen):
         default=50, ge=1, description="passes over the labeled images of the MLP probe"
     )
     fine_tune_share: float = Field(
-        default=0.1, gt=0, le=1, description="share of the labeled images for 'fine_tune'"
+        default=0.1, gt=0, le=1, description="share of all labeled images of a set for 'fine_tune'"
     )
     fine_tune_epochs: int = Field(default=5, ge=1, description="its passes over them")
     fine_tune_lr: float = Field(default=0.01, gt=0, description="its learning rate (SGD, cosine)")

@@ -289,6 +289,7 @@ def _curve(
     path = settings.run.out / "curve.jsonl"
     curve = Curve(path, settings.evaluation, teacher=setup.teacher, seed=settings.seed)
     student = setup.student_taps.encoder
+    process_0_alone(lambda stopped: curve.settle(stop=stopped), processes=processes, stop=stop)
 
     def after(epoch: int, _: nn.Module) -> None:
         def work(stopped: Callable[[], bool]) -> None:

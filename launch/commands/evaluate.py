@@ -129,6 +129,11 @@ def _earlier(out: Path, digests: dict[str, str]) -> dict[str, Any]:
         raise UsageError(f"{path} is not a report of ours; use another --out") from None
     if any(known.get(role, digest) != digest for role, digest in digests.items()):
         raise UsageError(f"{path} is about other encoders; use another --out")
+    if missing := sorted(set(known) - set(digests)):
+        raise UsageError(
+            f"{path} also holds the figures of {', '.join(missing)}, which would be lost; give "
+            "these encoders too, or another --out"
+        )
     return report
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from mimic_fast.config import EvaluationSettings
 from mimic_fast.encoders.build import Encoder
-from mimic_fast.errors import StoppedError
+from mimic_fast.errors import StoppedError, UsageError
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.feature_cache import Measurable
+from mimic_fast.evaluation.targets import read_attacks
 from mimic_fast.files import machine_errors, write_atomic
 
 _IMAGES = 1000  # labeled and test images each, at most
@@ -38,7 +39,7 @@ class Curve:
         path: ``curve.jsonl``. Rows of a run that is resumed stay; an epoch that comes again
             replaces its row.
         settings: Downstream sets (the first is used), attacks.
-        teacher: Measured once, for comparison and for the target class.
+        teacher: Measured once, for comparison.
         seed: As in the evaluation at the end.
     """
 
@@ -54,7 +55,33 @@ class Curve:
         }
         self._path, self._seed, self._teacher = path, seed, teacher
         self._settings = settings.model_copy(update=share)
+        whole = {**share, "probe_labels": settings.probe_labels, "cache": settings.cache}
+        self._whole = settings.model_copy(update=whole)
         self._every = settings.curve_every or 1
+
+    def settle(self, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Works out the target classes, before training, on all labels of the final evaluation.
+
+        They are recorded for good, so the share that a row is measured on must not decide them.
+
+        Raises:
+            UsageError: As ``evaluate_encoders``, or if a target cannot be recorded.
+        """
+        if self._unsettled():
+            evaluate_encoders({"teacher": self._teacher}, self._whole, seed=self._seed, stop=stop)
+        if left := self._unsettled():
+            raise UsageError(
+                f"evaluation.curve_every needs the target class in {left[0]}, which cannot be "
+                "written; make it writable or leave curve_every out"
+            )
+
+    def _unsettled(self) -> list[Path]:
+        name = self._settings.downstream[0].name
+        return [
+            one.path
+            for one in read_attacks(self._settings.attacks)
+            if name not in one.attack.targets
+        ]
 
     def measure(
         self, epoch: int, student: Encoder, *, stop: Callable[[], bool] = lambda: False
@@ -69,7 +96,7 @@ class Curve:
             return
         rows = {(row["role"], row["epoch"]): row for row in read_curve(self._path)}
         try:
-            if ("teacher", 0) not in rows:  # first: it settles the target class
+            if ("teacher", 0) not in rows:
                 rows["teacher", 0] = self._row("teacher", 0, self._teacher, stop)
             rows["purified", epoch] = self._row("purified", epoch, _Snapshot(encoder=student), stop)
         except StoppedError:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mimic_fast.config import DataSettings, EvaluationSettings, OptimSettings
 from mimic_fast.data.augment import augmented_view
 from mimic_fast.data.images import load_images
+from mimic_fast.data.items import Source
 from mimic_fast.data.order import epoch_order
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.errors import DivergedError
@@ -57,7 +58,9 @@ def fine_tuned(
     report: Reporter = silent,
     stop: Callable[[], bool] = lambda: False,
 ) -> FineTuned:
-    """Fine-tunes a copy of the encoder on ``fine_tune_share`` of the labeled images.
+    """Fine-tunes a copy of the encoder on ``fine_tune_share`` of the set's labeled images.
+
+    Of all of them: ``probe_labels`` is for classifiers on frozen features.
 
     Every encoder gets the same images, order and crops.
 
@@ -68,7 +71,7 @@ def fine_tuned(
         StoppedError: If ``stop`` told so, polled every step.
     """
     spec = encoder.spec
-    split = _share(data.train, settings.fine_tune_share, seed=seed, name=data.name)
+    split = _share(data.train.source, settings.fine_tune_share, seed=seed, name=data.name)
     images, kept = load_images(
         split.source, split.indices.tolist(), image_size=spec.image_size, channels=spec.in_channels
     )
@@ -147,10 +150,12 @@ def _train(
             report(Event(phase="fine_tune", done=step + 1, total=total, unit="steps"))
 
 
-def _share(split: Split, share: float, *, seed: int, name: str) -> Split:
-    """The same part of the labeled images for every encoder, every class in proportion."""
+def _share(source: Source, share: float, *, seed: int, name: str) -> Split:
+    """The same part of all labeled images for every encoder, every class in proportion."""
+    assert source.labels is not None  # open_downstream saw to it
+    labels = torch.tensor(source.labels, dtype=torch.int64)
     digest = hashlib.sha256(f"{seed}/{name}/fine_tune".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    count = max(2, round(len(split.labels) * share))
-    rows = draw_stratified(split.labels, count, generator=generator)
-    return Split(source=split.source, indices=split.indices[rows], labels=split.labels[rows])
+    count = max(2, round(len(labels) * share))
+    rows = draw_stratified(labels, count, generator=generator)
+    return Split(source=source, indices=rows, labels=labels[rows])

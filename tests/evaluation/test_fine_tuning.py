@@ -41,7 +41,7 @@ def settings_of(task, **fields):
 
 
 def test_a_copy_is_trained_on_its_share_of_every_class(task, encoder):
-    settings = settings_of(task)
+    settings = settings_of(task, probe_labels=6)  # of the 60, for frozen features alone
     data = open_downstream(task, settings, seed=0)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
 

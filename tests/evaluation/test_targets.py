@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from mimic_fast.config import EvaluationSettings
 from mimic_fast.errors import UsageError
+from mimic_fast.evaluation import evaluate
 from mimic_fast.evaluation.attack_file import Attack, read_attack, write_attack
 from mimic_fast.evaluation.curve import Curve, read_curve
 from mimic_fast.evaluation.downstream import open_downstream
 from mimic_fast.evaluation.evaluate import evaluate_encoders
-from mimic_fast.evaluation.probes import fit_linear_probe
+from mimic_fast.evaluation.probes import LinearProbe, fit_linear_probe
 from mimic_fast.evaluation.stamping import Trigger
 from mimic_fast.evaluation.targets import NamedAttack, read_attacks, target_classes
 from mimic_fast.evaluation.triggers import white_patch
@@ -213,6 +215,31 @@ def test_curve_has_the_highest_rate_and_each(task, encoders, folder, tmp_path):
     assert teacher["attack_success_rates"] == {"white_patch": 1, "black_square": 1}
     assert student["attack_success_rates"] == {"white_patch": 1, "black_square": 0}
     assert student["attack_success_rate"] == 1
+
+
+def test_curve_settles_targets_with_the_labels_of_the_final_evaluation(
+    task, encoders, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mimic_fast.evaluation.curve._IMAGES", 3)  # a label each
+    settings = EvaluationSettings(downstream=(task,), attack=folder, curve_every=1)
+    fitted: list[int] = []
+    fit = evaluate.fit_linear_probe
+
+    def counting(features: Tensor, labels: Tensor, **rest: Any) -> LinearProbe:
+        fitted.append(len(labels))
+        return fit(features, labels, **rest)
+
+    monkeypatch.setattr(evaluate, "fit_linear_probe", counting)
+    curve = Curve(tmp_path / "curve.jsonl", settings, teacher=encoders["teacher"], seed=0)
+
+    curve.settle()
+    assert fitted == [TRAIN]
+    assert read_attack(folder).targets == {"colors": GREEN}
+    assert read_attack(folder / "target_2").targets == {"colors": BLUE}
+
+    curve.settle()  # known now
+    curve.measure(1, load(Backdoored(), "purified").encoder)
+    assert fitted == [TRAIN, 3, 3]
 
 
 def test_a_weak_poisoning_attack_aims_at_the_class_that_gains_not_at_the_largest(task, folder):

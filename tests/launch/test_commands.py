@@ -127,6 +127,10 @@ def test_evaluate_brings_the_report_of_a_purification_up_to_date(
     )  # fmt: skip
     assert other.code == 2
     assert "other encoders" in other.error
+    fewer = cli("evaluate", *encoders[:2], "--downstream", f"shades={labeled}", "--out", "run")
+    assert fewer.code == 2
+    assert "also holds the figures of purified" in fewer.error
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == after
 
 
 def test_attack_and_evaluate_print_a_table(cli, tmp_path, teacher, labeled):
