@@ -36,6 +36,7 @@ SPEC: dict[str, Any] = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.25, 0.25, 0.25),
 }
+CPU = torch.device("cpu")
 IMAGES, CLASSES = 48, 3
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -140,9 +141,6 @@ def test_target_has_all_but_the_predictor_and_no_gradient():
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None and not p.requires_grad for p in target.parameters())
     assert losses.byol.item() == losses.total.item() > 0
-
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("hidden", "found"), [(None, 256), (24, 24)])
@@ -263,7 +261,7 @@ def test_parts_of_a_batch_add_up_to_the_mean_of_their_losses(make, tmp_path, ima
     with loader.batches(0, 1) as batches:
         batch = next(batches)
     assert batch.v2 is not None
-    values = []
+    values: list[float] = []
     for part in (slice(0, 8), slice(8, 16)):
         first, second = batch.v1[part].double(), batch.v2[part].double()
         predictions = F.normalize(student(torch.cat([first, second]))[1], dim=1)
