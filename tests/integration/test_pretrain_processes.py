@@ -18,7 +18,7 @@ from mimic_fast.launch.cli import run
 from mimic_fast.pretraining import PretrainSettings, pretrain
 from mimic_fast.recipe import load_recipe
 
-STEPS, STOPPED = 6, 2
+STEPS, STOPPED = 4, 2
 METHODS = ("simclr", "byol")
 # The project's bar for processes against one.
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -27,7 +27,7 @@ RECIPE = f"""
 architecture = "timm:resnet18"
 arguments = {{ layers = [1, 1, 1, 1], channels = [8, 16, 32, 64] }}
 stem = "small_stride2"
-image_size = 32
+image_size = 16
 mean = [0.5, 0.5, 0.5]
 std = [0.25, 0.25, 0.25]
 [optim]
@@ -35,7 +35,7 @@ name = "sgd"
 lr = 0.02
 precision = "fp64"
 batch_size = 16
-epochs = 4
+epochs = 2
 warmup_epochs = 0
 [run]
 device = "cpu"
@@ -73,7 +73,13 @@ def worker(recipe: str, pictures: str, folder: str, processes: int) -> dict[str,
             if Path(folder, other).exists():
                 call(other, "--set", f"method={method}", "--resume", "auto")
         poisoned = ("--target", "1", "--set", "poison_rate=0.1", "--set", "method=byol")
-        measured = ("--downstream", f"tints={pictures}", "--json")
+        measured = (
+            "--downstream",
+            f"tints={pictures}",
+            "--json",
+            "--set",
+            "evaluation.probe=['knn']",
+        )
         call("ctrl", *poisoned, *measured, command=("attack", "ctrl"))
         call("odd", "--set", "optim.batch_size=15")
         # Only the measuring, which is process 0's, finds a file where a folder should be.
