@@ -57,7 +57,7 @@ def synchronize_batchnorm(module: nn.Module, processes: Processes) -> nn.Module:
     """Replaces every BatchNorm of ``module`` in place by its synchronized form, keeping the state.
 
     Raises:
-        UsageError: If a layer has no synchronized form on CPU, such as BatchNorm1d.
+        UsageError: If a layer has no synchronized form on CPU, such as BatchNorm3d.
     """
     if processes.world == 1:
         return module
@@ -83,11 +83,24 @@ class SyncBatchNormAct(SyncBatchNorm):
         return self.act(self.drop(super().forward(input)))
 
 
+class SyncBatchNorm1d(SyncBatchNorm):
+    """The same for BatchNorm1d: on rows, or on rows of sequences."""
+
+    def forward(self, input: Float[Tensor, "batch channel *length"]) -> Tensor:
+        """Normalizes over the batch of all processes."""
+        maps = input.reshape(*input.shape[:2], -1, 1)
+        return super().forward(maps).reshape(input.shape)
+
+
 def _synchronize(layer: nn.Module, processes: Processes) -> None:
     # Changing the class keeps parameters, buffers and hooks where they are.
     from timm.layers.norm_act import BatchNormAct2d
 
-    kinds = {nn.BatchNorm2d: SyncBatchNorm, BatchNormAct2d: SyncBatchNormAct}
+    kinds = {
+        nn.BatchNorm1d: SyncBatchNorm1d,
+        nn.BatchNorm2d: SyncBatchNorm,
+        BatchNormAct2d: SyncBatchNormAct,
+    }
     if type(layer) not in kinds:
         raise UsageError(
             f"cannot synchronize a {type(layer).__name__} on CPU; run one process or use a GPU"

@@ -44,7 +44,7 @@ from mimic_fast.mutual_information.locate import (
 )
 from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import settings_json, settings_record
-from mimic_fast.step import Student
+from mimic_fast.step import Student, whole_encoder
 from mimic_fast.training import Task, Trained, train
 from mimic_fast.watch import process_0_alone
 
@@ -154,7 +154,7 @@ def _purify(
     if processes.is_main:
         write_mutual_information(information, out)
     trained = _distil(setup, information, settings, accelerator, processes, report, stop)
-    purified = _purified(setup, trained, settings)
+    purified = whole_encoder(setup.student_taps.encoder, trained.whole, seed=settings.seed)
     path = out / "encoder.safetensors"
     if processes.is_main:
         card = _card(setup, information, settings, trained)
@@ -305,17 +305,6 @@ def _whole_teacher(teacher: LoadedEncoder, settings: Settings) -> LoadedEncoder:
     if not settings.encoder.teacher_shard:
         return teacher
     return load_encoder(teacher.path, settings.encoder)
-
-
-def _purified(setup: _Setup, trained: Trained, settings: Settings) -> Encoder:
-    """The student on the CPU; put together again where an engine had cut it."""
-    encoder = setup.student_taps.encoder
-    if trained.whole is not None:
-        prefix = "tapped.encoder."
-        own = {n.removeprefix(prefix): v for n, v in trained.whole.items() if n.startswith(prefix)}
-        encoder = build_encoder(encoder.spec, seed=settings.seed)
-        encoder.load_state_dict(own)
-    return encoder.to(device="cpu", dtype=torch.float32).eval()
 
 
 def _check_settings(settings: Settings) -> None:

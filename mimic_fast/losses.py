@@ -22,6 +22,7 @@ class Losses:
     dense: Tensor
     attention: Tensor
     contrastive: Tensor
+    byol: Tensor
 
 
 def weighted_attention_loss(
@@ -103,6 +104,7 @@ def total_loss(
         dense=dense,
         attention=attention,
         contrastive=contrastive,
+        byol=torch.zeros_like(total),  # minimized alone, see byol.py
     )
 
 

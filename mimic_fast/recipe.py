@@ -121,12 +121,12 @@ def warn_ignored(section: Frozen, names: Sequence[str], *, prefix: str, user: st
     Args:
         section: The settings' section.
         names: Fields of it that are not read.
-        prefix: The section's name in a recipe.
+        prefix: The section's name in a recipe; empty: the recipe itself.
         user: What does not read them.
     """
     fields = type(section).model_fields
     changed = [
-        f"{prefix}.{name}"
+        f"{prefix}.{name}" if prefix else name
         for name in names
         if getattr(section, name) != fields[name].get_default(call_default_factory=True)
     ]

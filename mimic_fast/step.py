@@ -1,5 +1,7 @@
 """One step of distillation: who sees which view, and what is minimized."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from mimic_fast import ops
 from mimic_fast.config import Settings
 from mimic_fast.data.loader import Batch
 from mimic_fast.distributed import Processes
+from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.taps import Listener, TappedEncoder
 from mimic_fast.layer_losses import summed, teacher_side
 from mimic_fast.losses import Losses, contrastive_loss, total_loss
@@ -51,6 +54,22 @@ class Student(nn.Module):
             if features._is_view():  # FSDP2 hangs its hooks on the outputs, and a view drops them
                 features = features.clone()
             return features, self.projection(features) if self.projection is not None else None
+
+
+def whole_encoder(encoder: Encoder, state: Mapping[str, Tensor] | None, *, seed: int) -> Encoder:
+    """A trained student's encoder on the CPU, in eval mode; put together again where it was cut.
+
+    Args:
+        encoder: The student's.
+        state: The student's whole state, where an engine had cut it; None: the encoder has its own.
+        seed: Of the run.
+    """
+    if state is not None:
+        prefix = "tapped.encoder."
+        own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        encoder = build_encoder(encoder.spec, seed=seed)
+        encoder.load_state_dict(own)
+    return encoder.to(device="cpu", dtype=torch.float32).eval()
 
 
 def step_losses(

@@ -1,6 +1,7 @@
 """The training loop of step B: one straight loop, exactly resumable, one process or many.
 
-Without a teacher it is plain SimCLR training, which pre-training and the student-only floor use.
+Without a teacher it is plain SimCLR training, which pre-training and the student-only floor use, or
+BYOL's.
 """
 
 import time
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from mimic_fast import checkpoint, ops
-from mimic_fast.accumulation import pulled, split
+from mimic_fast.accumulation import Part, pulled, split
+from mimic_fast.byol import Byol, byol_losses, follow
 from mimic_fast.config import Settings
 from mimic_fast.data.loader import Batch, Loader, TrainingImages
 from mimic_fast.data.order import check_batch, steps_of
@@ -26,6 +28,7 @@ from mimic_fast.encoders.taps import TappedEncoder
 from mimic_fast.engines.choose import make_engine
 from mimic_fast.engines.engine import EngineState
 from mimic_fast.errors import DivergedError, StoppedError, UsageError
+from mimic_fast.losses import Losses
 from mimic_fast.metrics_log import truncate_metrics
 from mimic_fast.optim import learning_rate
 from mimic_fast.precision import autocast_dtype
@@ -54,6 +57,7 @@ class Task:
         images: What it trains on.
         fingerprint: What must be equal for a saved state to be continued.
         out: Run directory, or None to keep nothing.
+        byol: Train by BYOL, without a teacher and by the engine ddp; the student is its online one.
     """
 
     student: Student
@@ -62,6 +66,12 @@ class Task:
     images: TrainingImages
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     out: Path | None = None
+    byol: Byol | None = None
+
+    @property
+    def trained(self) -> tuple[Student, ...]:
+        """All whose weights move: the student and, with BYOL, its average."""
+        return (self.student,) if self.byol is None else (self.student, self.byol.target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,7 +224,8 @@ class _Loop:
         self.engine = make_engine(
             task.student, settings=settings, accelerator=accelerator, processes=processes
         )
-        self.buffers = [b for b in task.student.buffers() if b.is_floating_point()]
+        buffers = (buffer for one in task.trained for buffer in one.buffers())
+        self.buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
         self.clock = processes.clock or StepClock(processes.device)
         self.log = TrainingLog(
             task.out,
@@ -230,20 +241,21 @@ class _Loop:
         """Types, memory order, compilation: before an engine takes the student."""
         task, optim = self.task, self.settings.optim
         cut = self.settings.run.engine != "ddp"
-        task.student.to(self.dtype)
-        if not cut:  # what is cut is flattened, which needs the plain order
-            task.student.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
+        for student in task.trained:
+            student.to(self.dtype)
+            if not cut:  # what is cut is flattened, which needs the plain order
+                student.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
+            student.autocast = autocast_dtype(optim.precision)
+            student.train()
         if task.teacher is not None and not isinstance(task.teacher.encoder, FSDPModule):
             task.teacher.to(self.dtype)
             task.teacher.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
         if optim.compile:
-            for tapped in (task.student.tapped, task.teacher):
+            for tapped in (*(student.tapped for student in task.trained), task.teacher):
                 if tapped is not None:
                     compile_blocks(tapped)
         if optim.activation_checkpointing:
             checkpoint_blocks(task.student.tapped)
-        task.student.autocast = autocast_dtype(optim.precision)
-        task.student.train()
 
     def _saver(self) -> Saver | None:
         run = self.settings.run
@@ -285,6 +297,9 @@ class _Loop:
             # A forward that was not finite has spoiled BatchNorm's running statistics already.
             for buffer, old in zip(self.buffers, before, strict=True):
                 torch.where(update.bad > 0, old, buffer, out=buffer)
+            if self.task.byol is not None:
+                done = step / self.total_steps
+                follow(self.task.byol, self.task.student, done=done, bad=update.bad)
         with self.clock.section("communication"):
             asked = update.bad.new_tensor(float(stop))
             if self.processes.world > 1:
@@ -301,7 +316,8 @@ class _Loop:
         engine.clear()
         parts = split(batch, student_view, settings.optim.accumulate)
         contrastive = None
-        if len(parts) > 1 and settings.loss.contrastive > 0:
+        # BYOL compares no two images: the mean of its parts is the loss of the batch.
+        if len(parts) > 1 and settings.loss.contrastive > 0 and self.task.byol is None:
             with self.clock.section("student"):
                 contrastive, parts = pulled(
                     engine.module, parts, loss=settings.loss, processes=self.processes
@@ -309,17 +325,7 @@ class _Loop:
         terms: list[Tensor] = []
         for index, part in enumerate(parts):
             with engine.part(last=index + 1 == len(parts)):
-                losses = step_losses(
-                    engine.module,
-                    self.task.teacher,
-                    part.batch,
-                    part.student_view,
-                    self.task.layer_weights,
-                    settings=settings,
-                    processes=self.processes,
-                    clock=self.clock,
-                    pull=part.pull,
-                )
+                losses = self._losses(part)
                 with self.clock.section("backward"):
                     engine.backward(losses.total / len(parts))
             values = (
@@ -328,6 +334,7 @@ class _Loop:
                 losses.dense,
                 losses.attention,
                 losses.contrastive,
+                losses.byol,
             )
             found = [value.detach().double() / len(parts) for value in values]
             terms = [a + b for a, b in zip(terms, found, strict=True)] if terms else found
@@ -338,16 +345,33 @@ class _Loop:
             terms[place] = contrastive.double()
         return terms
 
+    def _losses(self, part: Part) -> Losses:
+        if self.task.byol is not None:
+            assert part.batch.v2 is not None
+            views = torch.cat([part.student_view, part.batch.v2])
+            return byol_losses(self.engine.module, self.task.byol.target, views, clock=self.clock)
+        return step_losses(
+            self.engine.module,
+            self.task.teacher,
+            part.batch,
+            part.student_view,
+            self.task.layer_weights,
+            settings=self.settings,
+            processes=self.processes,
+            clock=self.clock,
+            pull=part.pull,
+        )
+
     def flush(self, loader: Loader, *, last: bool) -> bool:
         """Writes the log and tells whether any process was asked to stop.
 
         Raises:
-            DivergedError: With the last bad step kept in ``diverged/``.
+            DivergedError: With the last bad step kept in ``diverged/``, except BYOL's.
         """
         try:
             return self.log.flush(last=last)
         except DivergedError as error:
-            if self.task.out is None:
+            if self.task.out is None or self.task.byol is not None:  # replay knows no target
                 raise
             folder = self._dump(self.task.out, self.log.rows[-1]["step"], loader)
             raise DivergedError(f"{error}; mimic-fast replay {folder} runs it again") from None
@@ -387,6 +411,8 @@ class _Loop:
             "log": self.log.counts(),
         }
         tensors = {**state.tensors, "rng": rng_of_all(self.processes)}
+        if self.task.byol is not None:
+            tensors["target"] = self.task.byol.target.state_dict()
         self.saver.save(step, replace(state, tensors=tensors), meta)
 
     def resume(self, loader: str) -> int:
@@ -423,6 +449,8 @@ class _Loop:
         if state.sharded is not None:
             read_pieces(state.sharded, self.engine.pieces_to_fill(rest))
         self.engine.restore(EngineState(tensors=state.tensors, rest=rest))
+        if self.task.byol is not None:
+            self.task.byol.target.load_state_dict(dict(state.tensors["target"]))
         restore_rng_of(state.tensors["rng"], self.processes)
         self.log.restore(state.meta["log"])
 

@@ -23,7 +23,7 @@ from mimic_fast.step_clock import StepClock
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TERMS = ("loss", "clone", "dense", "attention", "contrastive")
+TERMS = ("loss", "clone", "dense", "attention", "contrastive", "byol")
 _FLUSH_STEPS = {"cpu": 1, "cuda": 20}  # steps between host reads of losses and flags
 
 

@@ -23,7 +23,10 @@ LAYERS = {
     "no-affine": lambda: nn.BatchNorm2d(4, affine=False),
     "no-statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
     "timm": lambda: BatchNormAct2d(4),
+    "rows": lambda: nn.BatchNorm1d(4),
+    "sequences": lambda: nn.BatchNorm1d(4),
 }
+SHAPES = {"rows": (4,), "sequences": (4, 3)}  # of an input without its batch; else maps
 INPUTS = {
     "f64": (torch.float64, 0.0),
     "f32-far": (torch.float32, 1000.0),  # a mean of 1000 deviations, where sums of squares cancel
@@ -43,20 +46,20 @@ def layer(kind: str, dtype: torch.dtype) -> nn.Module:
     return made.double() if dtype == torch.float64 else made
 
 
-def data(name: str, step: int) -> tuple[Tensor, Tensor]:
+def data(kind: str, name: str, step: int) -> tuple[Tensor, Tensor]:
     """The joined batch of a step, and the gradient that comes back to it."""
     dtype, mean = INPUTS[name]
     generator = torch.Generator().manual_seed(step)
-    shape = (2, sum(ROWS), 4, 3, 5)
+    shape = (2, sum(ROWS), *SHAPES.get(kind, (4, 3, 5)))
     images, grads = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (images + mean).to(dtype), grads.to(dtype)
 
 
-def run_layer(module: nn.Module, name: str, rows: slice) -> dict[str, Any]:
+def run_layer(module: nn.Module, kind: str, name: str, rows: slice) -> dict[str, Any]:
     """What a process computes of its rows: outputs, gradients and the state it ends with."""
     outputs, input_grads = [], []
     for step in range(STEPS):
-        images, grads = (t[rows] for t in data(name, step))
+        images, grads = (t[rows] for t in data(kind, name, step))
         images = images.clone().requires_grad_()
         output = module(images)
         output.backward(grads)
@@ -77,7 +80,7 @@ def worker() -> dict[str, Any]:
         for name, (dtype, _) in INPUTS.items():
             model = nn.Sequential(layer(kind, dtype))
             synchronize_batchnorm(model, processes)
-            results[f"{kind} {name}"] = run_layer(model[0], name, rows)
+            results[f"{kind} {name}"] = run_layer(model[0], kind, name, rows)
     return results
 
 
@@ -100,7 +103,7 @@ def tolerance(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_two_processes_equal_batchnorm_on_the_joined_batch(kind, name, two_processes):
-    expected = run_layer(layer(kind, INPUTS[name][0]), name, slice(None))
+    expected = run_layer(layer(kind, INPUTS[name][0]), kind, name, slice(None))
     first, second = (result[f"{kind} {name}"] for result in two_processes)
 
     for key in ("outputs", "inputs"):
@@ -120,7 +123,7 @@ def test_two_processes_equal_batchnorm_on_the_joined_batch(kind, name, two_proce
 def test_running_statistics_of_half_precision_inputs_are_float32(kind, two_processes):
     exact = layer(kind, torch.float64)
     for step in range(STEPS):
-        exact(data("bf16", step)[0].double())
+        exact(data(kind, "bf16", step)[0].double())
 
     state = two_processes[0][f"{kind} bf16"]["state"]
 
@@ -197,7 +200,7 @@ class Renormalized(nn.BatchNorm2d):
     """A layer we know nothing about."""
 
 
-@pytest.mark.parametrize("strange", [Renormalized(4), nn.BatchNorm1d(4), nn.BatchNorm3d(4)])
+@pytest.mark.parametrize("strange", [Renormalized(4), nn.BatchNorm3d(4)])
 def test_layers_that_cannot_be_synchronized_are_refused_by_name(strange):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), strange)
 

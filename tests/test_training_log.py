@@ -70,7 +70,7 @@ def numbers_of(
     loss: float, *, norm: float = 2.0, bad: float | None = None, stop: float = 0.0
 ) -> Tensor:
     """A row as the loop stacks it on the device."""
-    terms = [loss, 0.25, 0.5, 0.75, 1.5]
+    terms = [loss, 0.25, 0.5, 0.75, 1.5, 0.125]
     skipped = float(not math.isfinite(loss)) if bad is None else bad
     return torch.tensor([*terms, norm, skipped, stop], dtype=torch.float64)
 
@@ -103,7 +103,7 @@ def test_rows_are_written_by_a_flush_in_the_order_of_steps(run):
     assert [row["lr"] for row in rows] == [0.5, 0.25, 0.5 / 3]
     assert [row["ops"] for row in rows] == [{"clone_loss": n} for n in (1, 2, 3)]
     for row in rows:
-        assert [row[term] for term in TERMS[1:]] == [0.25, 0.5, 0.75, 1.5]
+        assert [row[term] for term in TERMS[1:]] == [0.25, 0.5, 0.75, 1.5, 0.125]
         assert row["grad_norm"] == 2.0
         assert row["skipped"] is False
         assert 0.001 <= row["time"]["student"] <= row["time"]["seconds"]

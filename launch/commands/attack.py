@@ -1,6 +1,8 @@
 """``mimic-fast attack KIND``: implant a backdoor in an encoder, to measure defenses against it."""
 
+import signal
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ from mimic_fast.launch.arguments import (
     Seed,
     downstream_values,
     given,
+    launched_processes,
     print_json,
 )
 
@@ -153,23 +156,33 @@ def _run(
     from mimic_fast.attacks.measured import measure_attack
     from mimic_fast.config import EncoderSettings
     from mimic_fast.distributed import StopSignal
+    from mimic_fast.errors import UsageError
     from mimic_fast.evaluation.downstream import open_downstream
     from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
     from mimic_fast.recipe import load_recipe
+    from mimic_fast.watch import process_0_alone, running_processes
 
+    world = launched_processes()
+    if world > 1 and kind not in POISONING:
+        raise UsageError(f"attack {kind} runs in one process, {world} were started; start one")
     model, function = attack_of(kind)
     settings: Any = load_recipe(model, recipe, overrides=overrides, values=values)
     evaluation = settings.evaluation
     for one in evaluation.downstream:  # a mistake in them shall not cost an attack
         open_downstream(one, evaluation, seed=settings.seed)
+    if kind in POISONING:
+        function = partial(function, world=world)
     keep_freed_memory()
-    measured: list[dict[str, Any]] = []
+    # torchrun ends the other processes when one has left: that must not change their exit codes.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     with progress_bars() as report, StopSignal() as stop:
         result: Attacked = function(settings, report=report, stop=stop)
-        if evaluation.downstream:
+
+        def measure(stopped: Callable[[], bool]) -> list[dict[str, Any]]:
             loading = getattr(settings, "encoder", EncoderSettings())
-            measured = measure_attack(
+            return measure_attack(
                 result.attack,
                 result.encoder,
                 clean=loading.teacher,
@@ -178,8 +191,18 @@ def _run(
                 run=settings.run,
                 seed=settings.seed,
                 report=report,
-                stop=stop,
+                stop=stopped,
             )
+
+        processes, measured = running_processes(), None
+        if evaluation.downstream:
+            measured = process_0_alone(measure, processes=processes, stop=stop)
+    if not processes.is_main:
+        return
+    _tell(result, measured or [], as_json)
+
+
+def _tell(result: "Attacked", measured: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         paths = {"encoder": str(result.encoder), "attack": str(result.attack)}
         print_json({**paths, **result.facts, **({"measured": measured} if measured else {})})

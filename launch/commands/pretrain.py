@@ -1,4 +1,6 @@
-"""``mimic-fast pretrain``: pre-train a small encoder without labels (SimCLR, one process)."""
+"""``mimic-fast pretrain``: pre-train a small encoder without labels (SimCLR, BYOL)."""
+
+import signal
 
 import typer
 
@@ -12,6 +14,7 @@ from mimic_fast.launch.arguments import (
     Resume,
     Seed,
     given,
+    launched_processes,
     print_json,
 )
 
@@ -26,7 +29,10 @@ def pretrain(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Pre-train a small encoder by SimCLR: what attacks and comparisons start from."""
+    """Pre-train a small encoder by SimCLR or BYOL: what attacks and comparisons start from.
+
+    Under torchrun every process calls it.
+    """
     from mimic_fast.distributed import StopSignal
     from mimic_fast.files import sha256_file
     from mimic_fast.launch.memory import keep_freed_memory
@@ -34,6 +40,7 @@ def pretrain(
     from mimic_fast.pretraining import PretrainSettings
     from mimic_fast.pretraining import pretrain as run
     from mimic_fast.recipe import load_recipe
+    from mimic_fast.watch import running_processes
 
     values = {
         **given(seed=seed),
@@ -42,8 +49,13 @@ def pretrain(
     }
     settings = load_recipe(PretrainSettings, recipe, overrides=overrides or (), values=values)
     keep_freed_memory()
+    # torchrun ends the other processes when one has left: that must not change their exit codes.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     with StopSignal() as stop, progress_bars() as report:
-        result = run(settings, report=report, stop=stop)
+        result = run(settings, world=launched_processes(), report=report, stop=stop)
+    if not running_processes().is_main:
+        return
     trained = result.trained
     if as_json:
         print_json(

@@ -22,8 +22,16 @@ class CtrlSettings(PoisoningSettings):
     poison_rate: float = Field(default=0.01, gt=0, le=1, description="share of the whole set")
 
 
-def ctrl(settings: CtrlSettings, *, report: Reporter = silent, stop: Stop = go_on) -> Attacked:
+def ctrl(
+    settings: CtrlSettings,
+    *,
+    world: int = 1,
+    report: Reporter = silent,
+    stop: Stop = go_on,
+) -> Attacked:
     """Poisons, pre-trains; writes ``encoder.safetensors``, its card and ``attack.json``.
+
+    Under torchrun every process calls it; ``world`` is their number (its WORLD_SIZE).
 
     Raises:
         UsageError: If images, labels, target or output are missing or do not fit.
@@ -35,6 +43,7 @@ def ctrl(settings: CtrlSettings, *, report: Reporter = silent, stop: Stop = go_o
         kind="ctrl",
         count_of=lambda images, _: round(images * settings.poison_rate),
         anywhere=False,
+        world=world,
         report=report,
         stop=stop,
     )

@@ -18,14 +18,16 @@ from torch import Tensor
 from mimic_fast.attacks.implant import Attacked, Stop, go_on
 from mimic_fast.config import EvaluationSettings
 from mimic_fast.data.items import Source
+from mimic_fast.data.sources import open_source
 from mimic_fast.encoders.export import STORED, export_encoder
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import Attack, refuse_other_targets, write_attack
 from mimic_fast.evaluation.stamping import Trigger, apply_trigger
 from mimic_fast.evaluation.triggers import named_trigger
-from mimic_fast.pretraining import PretrainSettings, pretrain_on, read_pool
+from mimic_fast.pretraining import PretrainSettings, begin, pretrain_on, read_pool
 from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import settings_record
+from mimic_fast.watch import process_0_alone
 
 _BLOCK = 1024  # images stamped at a time
 
@@ -48,10 +50,13 @@ def poisoned_pretraining(
     kind: str,
     count_of: Callable[[int, int], int],
     anywhere: bool,
+    world: int = 1,
     report: Reporter = silent,
     stop: Stop = go_on,
 ) -> Attacked:
     """Poisons the decoded images and pre-trains on them; exactly resumable like any pre-training.
+
+    Under torchrun every process calls it, and process 0 writes.
 
     Args:
         settings: The attack's.
@@ -59,6 +64,7 @@ def poisoned_pretraining(
         count_of: From the number of images and of those of the target's label to how many are
             poisoned.
         anywhere: Whether each image has the trigger at a place of its own.
+        world: Processes the launcher started (its WORLD_SIZE).
         report: Told of every step.
         stop: Polled every step.
 
@@ -67,11 +73,14 @@ def poisoned_pretraining(
         StoppedError: If ``stop`` told so; the state is saved.
     """
     began = time.perf_counter()
-    if settings.run.out is None or settings.data.source is None:
+    out = settings.run.out
+    if out is None or settings.data.source is None:
         raise UsageError(f"{kind} needs data.source (--data) and run.out (--out)")
     if settings.target is None:
         raise UsageError(f"{kind} needs the label of the images that it poisons (--target)")
-    refuse_other_targets(settings.run.out, count=1)
+    refuse_other_targets(out, count=1)
+    settings, started = begin(settings, world=world, report=report)
+    assert settings.target is not None
     source, pool, kept = read_pool(settings, report=report)
     rows = rows_of_label(source, kept, settings.target)
     count = count_of(len(pool), len(rows))
@@ -87,13 +96,8 @@ def poisoned_pretraining(
     chosen = rows[torch.randperm(len(rows), generator=generator)[:count]].sort().values
     poison(pool, chosen, trigger, anywhere=generator if anywhere else None)
     report(Event(phase=kind, message=f"{count} of {len(pool)} images poisoned"))
-    encoder, trained = pretrain_on(pool, settings, report=report, stop=stop, phase=kind)
-    path = export_encoder(
-        encoder,
-        settings.run.out,
-        key_map=None,
-        card={"kind": kind, "settings": settings_record(settings)},
-        dtype=STORED[settings.dtype],
+    encoder, trained = pretrain_on(
+        pool, settings, started=started, report=report, stop=stop, phase=kind
     )
     facts: dict[str, Any] = {
         "poisoned_images": count,
@@ -110,8 +114,31 @@ def poisoned_pretraining(
         image_size=settings.spec.image_size,
         channels=settings.spec.in_channels,
     )
-    attack = Attack(kind=kind, trigger=seen, reference=None, facts=facts)
-    return Attacked(encoder=path, attack=write_attack(settings.run.out, attack), facts=facts)
+    attack = Attack(
+        kind=kind,
+        trigger=seen,
+        reference=None,
+        targets=_own_targets(settings, source, settings.target),
+        facts=facts,
+    )
+
+    def write(_: Stop) -> None:
+        card = {"kind": kind, "settings": settings_record(settings)}
+        export_encoder(encoder, out, key_map=None, card=card, dtype=STORED[settings.dtype])
+        write_attack(out, attack)
+
+    process_0_alone(write, processes=started[1], stop=stop)
+    return Attacked(encoder=out / "encoder.safetensors", attack=out / "attack.json", facts=facts)
+
+
+def _own_targets(settings: PoisoningSettings, source: Source, label: int) -> dict[str, int]:
+    """The poisoned label, on the labeled sets whose classes are those of the poisoned set."""
+    return {
+        one.name: label
+        for one in settings.evaluation.downstream
+        if one.train == settings.data.source
+        or (source.classes and open_source(one.train).classes == source.classes)
+    }
 
 
 def rows_of_label(source: Source, kept: tuple[int, ...], label: int) -> Int64[Tensor, " row"]:

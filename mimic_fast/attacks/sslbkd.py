@@ -25,8 +25,16 @@ class SslbkdSettings(PoisoningSettings):
     )
 
 
-def sslbkd(settings: SslbkdSettings, *, report: Reporter = silent, stop: Stop = go_on) -> Attacked:
+def sslbkd(
+    settings: SslbkdSettings,
+    *,
+    world: int = 1,
+    report: Reporter = silent,
+    stop: Stop = go_on,
+) -> Attacked:
     """Poisons, pre-trains; writes ``encoder.safetensors``, its card and ``attack.json``.
+
+    Under torchrun every process calls it; ``world`` is their number (its WORLD_SIZE).
 
     Raises:
         UsageError: If images, labels, target or output are missing or do not fit.
@@ -38,6 +46,7 @@ def sslbkd(settings: SslbkdSettings, *, report: Reporter = silent, stop: Stop = 
         kind="sslbkd",
         count_of=lambda _, members: round(members * settings.class_rate),
         anywhere=settings.anywhere,
+        world=world,
         report=report,
         stop=stop,
     )

@@ -11,11 +11,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from mimic_fast.config import EncoderSpec, LossSettings, Settings
+from mimic_fast.distributed import start
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import export_encoder
-from mimic_fast.pretraining import train_contrastive
 from mimic_fast.progress import Reporter, silent
 from mimic_fast.recipe import settings_record
+from mimic_fast.self_supervised import train_contrastive
 from mimic_fast.training import Trained
 
 CROP_SCALE = (0.2, 1.0)
@@ -59,8 +60,15 @@ def student_only(
     # Contrastive learning needs harder crops than distillation: the floor gets its own best ones.
     data = settings.data.model_copy(update={"crop_scale": CROP_SCALE})
     settings = settings.model_copy(update={"loss": loss, "data": data})
+    started = start(settings.run, settings.optim, expected_world=1)
     encoder, trained = train_contrastive(
-        spec, pool, settings=settings, report=report, stop=stop, phase="student_only"
+        spec,
+        pool,
+        settings=settings,
+        started=started,
+        report=report,
+        stop=stop,
+        phase="student_only",
     )
     path = None
     if settings.run.out is not None:

@@ -1,6 +1,7 @@
 """Poisoning: which images are stamped, how, and what is left of the rest."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,18 @@ def test_ctrl_poisons_its_share_of_the_set_all_of_the_target(make, tmp_path):
     assert load_encoder(result.encoder).encoder.spec.image_size == SIDE
 
 
-def test_sslbkd_poisons_half_of_the_target_class(make, tmp_path):
-    make("sslbkd")
+def test_sslbkd_poisons_half_of_the_target_class(make, tmp_path, images):
+    other = tmp_path / "other"
+    for name in ("c", "d"):
+        shutil.copytree(images / "a", other / name)
+    sets = [
+        {"name": name, "train": str(folder), "test": str(folder)}
+        for name, folder in (("own", images), ("other", other))
+    ]
+    make("sslbkd", evaluation={"downstream": sets})
+
+    # The poisoned label is the target on the poisoned set, however weak the attack is.
+    assert read_attack(tmp_path / "out").targets == {"own": 1}
     assert read_attack(tmp_path / "out").facts["poisoned_images"] == 12
 
 
