@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimic_fast.comparison.defenses import defense_of
+from mimic_fast.comparison.defenses import clean, defense_of
 from mimic_fast.comparison.settings import MatrixSettings
 from mimic_fast.config import Settings
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import attack_path, read_attack
+from mimic_fast.evaluation.downstream import open_downstream
 from mimic_fast.files import sha256_file
 from mimic_fast.recipe import load_settings, settings_record
 
@@ -91,19 +92,26 @@ def cells_of(matrix: MatrixSettings, out: Path) -> Iterator[Cell]:
 
 
 def check_files(matrix: MatrixSettings) -> None:
-    """Refuses a matrix that names files which are not there, before anything runs.
+    """Refuses a matrix that names what is not there or does not fit, before anything runs.
 
     Raises:
-        UsageError: With the attack's name and the file.
+        UsageError: With the name of the attack, defense or labeled set and what is wrong with it.
         UnsafeInputError: If an ``attack.json`` is damaged.
     """
+    for downstream in matrix.evaluation.downstream:
+        open_downstream(downstream, matrix.evaluation, seed=matrix.evaluation_seed)
     for name, attack in matrix.attacks.items():
         for path in (attack.encoder, attack.clean):
             if path is not None and not path.is_file():
                 raise UsageError(f"attacks.{name}: {path} does not exist; give a checkpoint")
         read_attack(attack.attack_file)
-    for defense in matrix.defenses.values():
-        defense_of(defense.kind)
+    for label, defense in matrix.defenses.items():
+        without = [name for name, attack in matrix.attacks.items() if attack.clean is None]
+        if defense_of(defense.kind) is clean and without:
+            raise UsageError(
+                f"defenses.{label} of kind 'clean' needs attacks.{without[0]}.clean, the clean "
+                "encoder"
+            )
 
 
 def without_target(matrix: MatrixSettings) -> list[str]:

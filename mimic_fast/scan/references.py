@@ -39,12 +39,7 @@ def collect(folder: Path, scanned: Scanned, *, scan: Callable[[Path], Scanned]) 
         UsageError: If the folder is missing or holds neither.
         StoppedError: If ``scan`` was stopped.
     """
-    if not folder.is_dir():
-        raise UsageError(f"references {folder} is not a folder; give one with clean encoders")
-    scans = sorted(folder.rglob("scan.json"))
-    encoders = sorted(path for path in folder.rglob("*.safetensors") if _is_encoder(path, folder))
-    if not scans and not encoders:
-        raise UsageError(f"references {folder} holds neither encoders nor scan.json files")
+    scans, encoders = reference_files(folder)
     found = References()
     for path in scans:
         _add(found, str(path.relative_to(folder)), read_scan(path), scanned)
@@ -60,6 +55,21 @@ def collect(folder: Path, scanned: Scanned, *, scan: Callable[[Path], Scanned]) 
         except MimicError as error:  # one bad file must not cost the comparison with the others
             found.left_out[name] = str(error)
     return found
+
+
+def reference_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Finished scans and encoders under a folder.
+
+    Raises:
+        UsageError: If the folder is missing or holds neither.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"references {folder} is not a folder; give one with clean encoders")
+    scans = sorted(folder.rglob("scan.json"))
+    encoders = sorted(path for path in folder.rglob("*.safetensors") if _is_encoder(path, folder))
+    if not scans and not encoders:
+        raise UsageError(f"references {folder} holds neither encoders nor scan.json files")
+    return scans, encoders
 
 
 def _is_encoder(path: Path, folder: Path) -> bool:

@@ -23,7 +23,7 @@ from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import warn_ignored
 from mimic_fast.scan.forms import ADDITIVE
 from mimic_fast.scan.measure import Measured, Recovered, measure
-from mimic_fast.scan.references import References, collect
+from mimic_fast.scan.references import References, collect, reference_files
 from mimic_fast.scan.result import Scanned, Verdict, read_scan, write_scan
 from mimic_fast.scan.settings import ScanSettings, protocol
 from mimic_fast.scan.verdict import ENOUGH, judge
@@ -82,6 +82,8 @@ def scan(
     warn_ignored(settings.data, _UNUSED_DATA, prefix="data", user="a scan")
     warn_ignored(settings.run, _UNUSED_RUN, prefix="run", user="a scan")
     device = _device(run)
+    if settings.references is not None:
+        reference_files(settings.references)  # a mistake shall not cost a scan
     suspect = load_encoder(settings.encoder.teacher, settings.encoder)
     report_assumed(suspect, report)
     images, source = _clean_images(settings, suspect.encoder.spec, report)
