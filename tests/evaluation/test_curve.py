@@ -15,8 +15,7 @@ def test_sets_of_many_classes_can_be_followed(tmp_path, write_images, encoders):
     )
     settings = EvaluationSettings(downstream=(many,), curve_every=1, test_images=2)
 
-    Curve(tmp_path / "curve.jsonl", settings, teacher=encoders["teacher"], seed=0).measure(
-        1, encoders["purified"].encoder
-    )
+    curve = Curve(tmp_path / "curve.jsonl", settings, teacher=encoders["teacher"], seed=0)
+    curve.measure(1, encoders["purified"].encoder, stop=lambda: True)  # sets first, then images
 
-    assert len(read_curve(tmp_path / "curve.jsonl")) == 2  # the teacher's and the student's
+    assert read_curve(tmp_path / "curve.jsonl") == []

@@ -183,7 +183,7 @@ def test_complex_tensors_are_no_pattern(tmp_path):
 @pytest.mark.parametrize("value", [[2.0], [np.nan], [0.0, 1.0], []])
 def test_add_is_a_flag(tmp_path, writer, value):
     with pytest.raises(UsageError, match="'add' must be one number, 0 or 1"):
-        load_trigger(writer(tmp_path / "t", add=np.float32(value)))
+        load_trigger(writer(tmp_path / "t", add=np.array(value, dtype=np.float32)))
 
 
 class Payload:
