@@ -35,6 +35,7 @@ from mimic_fast.encoders.taps import (
 )
 from mimic_fast.engines.fsdp2 import shard
 from mimic_fast.errors import UsageError
+from mimic_fast.evaluation.checks import check_measurement
 from mimic_fast.evaluation.curve import Curve
 from mimic_fast.files import machine_errors, write_atomic
 from mimic_fast.mutual_information.locate import (
@@ -191,6 +192,7 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     teacher = load_encoder(settings.encoder.teacher, settings.encoder)
     report_assumed(teacher, report)
     spec = teacher.encoder.spec
+    check_measurement(settings.evaluation, spec, seed=settings.seed)
     images = clean_images(
         settings.data, spec, seed=settings.seed, world=processes.world, report=report
     )

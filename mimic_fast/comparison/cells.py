@@ -14,6 +14,7 @@ from mimic_fast.comparison.settings import AS_IT_IS, DefenseSettings, MatrixSett
 from mimic_fast.config import Frozen, Settings
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import attack_path, read_attack
+from mimic_fast.evaluation.downstream import open_downstream
 from mimic_fast.evaluation.stamping import Trigger, trigger_parts
 from mimic_fast.files import sha256_file
 from mimic_fast.progress import Reporter, silent
@@ -114,21 +115,29 @@ def cells_of(
 
 
 def check_files(matrix: MatrixSettings) -> None:
-    """Refuses a matrix of wrong defenses or missing files, before anything runs.
+    """Refuses a matrix that names what is not there or does not fit, before anything runs.
 
     Warns of seeds that a defense has for nothing.
 
     Raises:
-        UsageError: With the name of the attack or defense.
+        UsageError: With the name of the attack, defense or labeled set and what is wrong with it.
         UnsafeInputError: If an ``attack.json`` is damaged.
     """
+    for downstream in matrix.evaluation.downstream:
+        open_downstream(downstream, matrix.evaluation, seed=matrix.evaluation_seed)
     for name, attack in matrix.attacks.items():
         for path in (attack.encoder, attack.clean):
             if path is not None and not path.is_file():
                 raise UsageError(f"attacks.{name}: {path} does not exist; give a checkpoint")
         read_attack(attack.attack_file)
+    without = [name for name, attack in matrix.attacks.items() if attack.clean is None]
     for name, defense in matrix.defenses.items():
         _options(name, defense)
+        if defense.kind == "clean" and without:
+            raise UsageError(
+                f"defenses.{name} of kind 'clean' needs attacks.{without[0]}.clean, the clean "
+                "encoder"
+            )
         ignored = (defense.seeds or ())[1:]
         if defense.kind in AS_IT_IS and ignored:
             warnings.warn(

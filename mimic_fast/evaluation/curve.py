@@ -13,12 +13,13 @@ from typing import Any
 from mimic_fast.config import EvaluationSettings
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.errors import StoppedError, UsageError
+from mimic_fast.evaluation.downstream import open_downstream
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.feature_cache import Measurable
 from mimic_fast.evaluation.targets import read_attacks
 from mimic_fast.files import machine_errors, write_atomic
 
-_IMAGES = 1000  # labeled and test images each, at most
+_IMAGES = 1000  # labeled and test images each, at most, unless there are more classes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,16 +42,21 @@ class Curve:
         settings: Downstream sets (the first is used), attacks.
         teacher: Measured once, for comparison.
         seed: As in the evaluation at the end.
+
+    Raises:
+        UsageError: If the labeled set cannot be used.
     """
 
     def __init__(
         self, path: Path, settings: EvaluationSettings, *, teacher: Measurable, seed: int
     ) -> None:
+        first = open_downstream(settings.downstream[0], settings, seed=seed)
+        labels = max(_IMAGES, first.num_classes)  # a probe needs one of each class
         share = {
             "downstream": settings.downstream[:1],
             "probe": ("linear",),
             "cache": None,  # every snapshot is measured once
-            "probe_labels": min(settings.probe_labels or _IMAGES, _IMAGES),
+            "probe_labels": min(settings.probe_labels or labels, labels),
             "test_images": min(settings.test_images or _IMAGES, _IMAGES),
         }
         self._path, self._seed, self._teacher = path, seed, teacher

@@ -76,7 +76,8 @@ def open_downstream(
     the same images.
 
     Raises:
-        UsageError: If a split has no labels or the two disagree on the classes.
+        UsageError: If a split has no labels or a single class, the two disagree on the classes, or
+            ``probe_labels`` is fewer than one for each class.
     """
     train, test = open_source(downstream.train), open_source(downstream.test)
     train_labels, test_labels = _labels(train), _labels(test)
@@ -85,6 +86,7 @@ def open_downstream(
             f"downstream '{downstream.name}': train has classes {_few(train.classes)}, test has "
             f"{_few(test.classes)}; give two splits of one task"
         )
+    _check_classes(downstream.name, train_labels, test_labels, settings.probe_labels)
     names = train.classes or test.classes or ()
     num_classes = max(len(names), int(max(train_labels.max(), test_labels.max())) + 1)
     fitted = draw_stratified(
@@ -240,6 +242,22 @@ def _labels(source: Source) -> Tensor:
             "the downstream set out"
         )
     return torch.tensor(source.labels, dtype=torch.int64)
+
+
+def _check_classes(name: str, train: Tensor, test: Tensor, probe_labels: int | None) -> None:
+    """Refuses sets on which every classifier would be right, or could not know a class."""
+    for split, labels in (("train", train), ("test", test)):
+        if len(labels.unique()) < 2:
+            raise UsageError(
+                f"downstream '{name}': all images of {split} are of one class, which tells no "
+                "encoder from another; give at least two"
+            )
+    classes = len(train.unique())
+    if probe_labels is not None and probe_labels < classes:
+        raise UsageError(
+            f"downstream '{name}': evaluation.probe_labels {probe_labels} is fewer than its "
+            f"{classes} classes; raise it"
+        )
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -147,8 +147,9 @@ def sinusoid(
     """
     if not 0 < amplitude <= 1:
         raise UsageError(f"a sinusoid's amplitude must lie in (0, 1], got {amplitude}")
-    columns = torch.arange(image_size, dtype=torch.float64)
-    wave = amplitude * torch.sin(2 * math.pi * periods * columns / image_size)
+    columns = torch.arange(image_size)
+    wave = amplitude * torch.sin(2 * math.pi * periods * columns.double() / image_size)
+    wave[2 * periods * columns % image_size == 0] = 0  # where sin gives 1e-16 and nothing is meant
     return Trigger(
         name="sinusoid",
         mask=torch.ones(1, image_size, image_size),

@@ -5,12 +5,15 @@ the alpha channel is the mask; any other picture is a blend.
 """
 
 import io
+import lzma
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mimic_fast.encoders.reasons import reason
 from mimic_fast.errors import UnsafeInputError, UsageError
 from mimic_fast.evaluation.stamping import Trigger
 from mimic_fast.files import write_atomic
@@ -19,6 +22,11 @@ _MAX_BYTES = 64 * 2**20  # a trigger of 2048x2048 RGB in float32 is 48 MiB
 _MAX_PIXELS = 2048 * 2048
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff")
 _BLEND = 0.2  # opacity of a picture that brings no mask
+# What reading a damaged archive raises; RuntimeError: encrypted, or packed in a way unknown here.
+_NO_ARCHIVE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError),
+    *(ValueError, TypeError, EOFError, OSError),
+)
 
 
 def save_trigger(path: Path, trigger: Trigger) -> None:
@@ -73,8 +81,7 @@ def _read_safetensors(path: Path, data: bytes) -> tuple[str, dict[str, Tensor]]:
             name = (file.metadata() or {}).get("name", "")
     except (SafetensorError, ValueError, KeyError) as error:
         raise UnsafeInputError(
-            f"trigger {path} is neither safetensors, .npz nor a picture: "
-            f"{str(error).splitlines()[0]}"
+            f"trigger {path} is neither safetensors, .npz nor a picture: {reason(error)}"
         ) from None
     return name, tensors
 
@@ -91,9 +98,14 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
                 _check_declared_size(archive, f"{key}.npy", path)
                 with archive.open(f"{key}.npy") as member:
                     array = np.lib.format.read_array(member, allow_pickle=False)
-                arrays[key] = torch.from_numpy(np.array(array, dtype=np.float32))
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError, OSError) as error:
-        raise UnsafeInputError(f"trigger {path} is not a plain .npz: {error}") from None
+                if array.dtype.kind not in "biuf":
+                    raise UsageError(f"trigger {path}: {key!r} must hold numbers, is {array.dtype}")
+                with np.errstate(over="ignore"):  # becomes infinite, and is refused for that
+                    arrays[key] = torch.from_numpy(np.array(array, dtype=np.float32))
+    except (UnsafeInputError, UsageError):
+        raise
+    except _NO_ARCHIVE as error:
+        raise UnsafeInputError(f"trigger {path} is not a plain .npz: {reason(error)}") from None
     return arrays
 
 
@@ -130,8 +142,7 @@ def _read_picture(path: Path, data: bytes) -> dict[str, Tensor]:
             mode = ("LA" if clear else "L") if gray else ("RGBA" if clear else "RGB")
             values = np.array(image.convert(mode), dtype=np.float32) / 255
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsafeInputError(f"trigger {path} cannot be decoded: {reason}") from None
+        raise UnsafeInputError(f"trigger {path} cannot be decoded: {reason(error)}") from None
     pixels = torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1).contiguous()
     if clear:
         return {"mask": pixels[-1:].contiguous(), "pattern": pixels[:-1].contiguous()}
@@ -139,6 +150,8 @@ def _read_picture(path: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def _checked(name: str, arrays: dict[str, Tensor], path: Path) -> Trigger:
+    if found := [key for key, values in arrays.items() if values.is_complex()]:
+        raise UsageError(f"trigger {path}: {found[0]!r} must hold real numbers, is complex")
     mask, pattern = (_planes(arrays[key]) for key in ("mask", "pattern"))
     shapes = f"mask {tuple(mask.shape)}, pattern {tuple(pattern.shape)}"
     if mask.ndim != 3 or pattern.ndim != 3 or mask.shape != (1, *pattern.shape[1:]):

@@ -85,8 +85,6 @@ def locate(
     run = settings.run.model_copy(update={"engine": "ddp", "deepspeed": None})
     _, processes = start(run, settings.optim, expected_world=world)
     out = settings.run.out
-    if out is not None and processes.is_main:
-        write_atomic(out / "config.json", settings_json(settings).encode())
     tapped = _tapped_pair(settings, processes.device, report)
     spec = tapped["teacher"].encoder.spec
     found = clean_images(
@@ -95,6 +93,8 @@ def locate(
     clean_set, images = found.clean_set, found.squares
     sample = plain_view(images[:_SELF_TEST_IMAGES], image_size=spec.image_size)
     self_test(tapped["student"], tapped["teacher"], sample.to(processes.device))
+    if out is not None and processes.is_main:
+        write_atomic(out / "config.json", settings_json(settings).encode())
     with ops.force_for_run(settings.run.force_op, processes.device, torch.float32):
         result = locate_layers(
             tapped[settings.mi.source],

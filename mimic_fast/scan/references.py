@@ -42,12 +42,7 @@ def find(folder: Path, wanted: Scanned, *, family: Callable[[Path], dict[str, An
     Raises:
         UsageError: If the folder is missing or holds neither.
     """
-    if not folder.is_dir():
-        raise UsageError(f"references {folder} is not a folder; give one with clean encoders")
-    scans = sorted(folder.rglob("scan.json"))
-    encoders = sorted(path for path in folder.rglob("*.safetensors") if _is_encoder(path, folder))
-    if not scans and not encoders:
-        raise UsageError(f"references {folder} holds neither encoders nor scan.json files")
+    scans, encoders = reference_files(folder)
     found = References()
     for path in scans:
         name = str(path.relative_to(folder))
@@ -103,6 +98,21 @@ def complete(
 
 def _kinds(scanned: Scanned) -> list[tuple[str, str, str]]:
     return [(score.name, score.unit, score.suspicious) for score in scanned.scores]
+
+
+def reference_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Finished scans and encoders under a folder.
+
+    Raises:
+        UsageError: If the folder is missing or holds neither.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"references {folder} is not a folder; give one with clean encoders")
+    scans = sorted(folder.rglob("scan.json"))
+    encoders = sorted(path for path in folder.rglob("*.safetensors") if _is_encoder(path, folder))
+    if not scans and not encoders:
+        raise UsageError(f"references {folder} holds neither encoders nor scan.json files")
+    return scans, encoders
 
 
 def _is_encoder(path: Path, folder: Path) -> bool:
