@@ -216,7 +216,6 @@ BADENCODER = ("attack", "badencoder", "--encoder", "{}/good/encoder.safetensors"
     [
         (("--reference", "gone.png"), 2, "reference 'gone.png' is neither a file nor"),
         (("--reference", "class:99"), 2, "has no such label"),
-        (("--reference", "class:x"), 2, "has no such label"),
         (("--reference", "typical:99"), 2, "has no such label"),
         (("--reference", "{}/note.txt"), 4, "decoded"),
         (("--trigger", "gone.npz"), 2, "trigger 'gone.npz' is neither a file nor one of"),
@@ -224,7 +223,6 @@ BADENCODER = ("attack", "badencoder", "--encoder", "{}/good/encoder.safetensors"
         (("--trigger", "{}/channels.npz"), 2, "4 channels and the encoder takes 3"),
         (("--trigger", "{}/objects.npz"), 4, "is not a plain .npz"),
         (("--trigger", "{}/torn.npz"), 4, "is not a plain .npz"),
-        (("--trigger", "{}/note.txt"), 4, "is neither safetensors"),
         (("--trigger", "blended:{}/torn.npz"), 4, "is not a plain .npz"),
         (("--trigger", "frequency:-1"), 2, "is neither a file nor one of"),
         (("--downstream", "toy={}/sets/one_in_both"), 2, "are of one class"),
@@ -247,13 +245,12 @@ def test_attack_refuses_bad_references_triggers_and_sets(refused, changed, code,
     ],
     ids=["99", "-1", "torn trigger", "unlabeled"],
 )
-@pytest.mark.parametrize("kind", ["ctrl", "sslbkd"])
-def test_poisoning_refuses_bad_targets_and_triggers(refused, kind, changed, code, says):
+def test_poisoning_refuses_bad_targets_and_triggers(refused, changed, code, says):
     data = () if "--data" in changed else ("--data", "{}/sets/good/train")
     spec = '{architecture = "timm:resnet18", image_size = 16, mean = [0.5, 0.5, 0.5]'
     spec = "spec=" + spec + ", std = [0.2, 0.2, 0.2]}"
     options = ("--set", spec.replace("{", "{{").replace("}", "}}"), "--out", "run")
-    refused(code, says, "attack", kind, *data, *options, "--set", "optim.batch_size=30", *changed)
+    refused(code, says, "attack", "ctrl", *data, *options, "--set", "optim.batch_size=30", *changed)
 
 
 @pytest.mark.parametrize(
