@@ -166,6 +166,7 @@ def test_saved_targets_follow_the_saved_students(make, tmp_path):
         seed=0,
     )
     expected = {name: value.detach().double() for name, value in student.named_parameters()}
+    online, target = {}, {}
     for step in range(steps):
         online, target = (state(tmp_path / "run", step + 1, g) for g in ("student", "target"))
         momentum = oracle_momentum(step, steps, 0.8)
@@ -222,6 +223,7 @@ def test_skipped_step_leaves_the_target(make, tmp_path, monkeypatch):
         if features.requires_grad:
             calls.append(None)
             if len(calls) == 2:
+                assert projected is not None
                 projected = projected * math.inf
         return features, projected
 
