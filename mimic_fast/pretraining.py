@@ -167,7 +167,9 @@ def begin(
 
 def _warn_ignored(settings: PretrainSettings) -> None:
     user = "pre-training"
-    warn_ignored(settings.data, CLEAN_SET_FIELDS, prefix="data", user=user)
+    # All images are kept in memory.
+    unread = (*CLEAN_SET_FIELDS, "cache", "cache_dir")
+    warn_ignored(settings.data, unread, prefix="data", user=user)
     warn_ignored(settings.loss, ("teacher_view",), prefix="loss", user=user)
     if settings.loss.clone or settings.loss.attention_weight:
         warnings.warn("pre-training ignores loss.clone and loss.attention_weight", stacklevel=3)

@@ -156,7 +156,7 @@ def _run(
     from mimic_fast.attacks.measured import measure_attack
     from mimic_fast.config import EncoderSettings
     from mimic_fast.distributed import StopSignal
-    from mimic_fast.errors import UsageError
+    from mimic_fast.errors import NothingSavedError, StoppedError, UsageError
     from mimic_fast.evaluation.downstream import open_downstream
     from mimic_fast.launch.memory import keep_freed_memory
     from mimic_fast.launch.progress import progress_bars
@@ -196,7 +196,15 @@ def _run(
 
         processes, measured = running_processes(), None
         if evaluation.downstream:
-            measured = process_0_alone(measure, processes=processes, stop=stop)
+            try:
+                measured = process_0_alone(measure, processes=processes, stop=stop)
+            except StoppedError:
+                if kind in POISONING:  # its state is whole: --resume auto comes back to here
+                    raise
+                raise NothingSavedError(
+                    f"stopped by a signal while measuring; {result.encoder} is written, measure it "
+                    f"with: mimic-fast evaluate --attack {result.attack}"
+                ) from None
     if not processes.is_main:
         return
     _tell(result, measured or [], as_json)
