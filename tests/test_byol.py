@@ -174,6 +174,7 @@ def test_saved_targets_follow_the_saved_students(make, tmp_path):
             expected[name] = momentum * expected[name] + (1 - momentum) * online[name]
             torch.testing.assert_close(target[name], expected[name], **EXACT)
     name = "tapped.encoder.backbone.conv1.weight"
+    online, target = (state(tmp_path / "run", steps, group) for group in ("student", "target"))
     assert not torch.equal(online[name], target[name])
     torch.testing.assert_close(
         result.encoder.backbone.get_parameter("conv1.weight").detach(), online[name].float()
@@ -221,6 +222,7 @@ def test_skipped_step_leaves_the_target(make, tmp_path, monkeypatch):
     def spoiled(self: Student, *arguments: Any) -> Any:
         features, projected = forward(self, *arguments)
         if features.requires_grad:
+            assert projected is not None
             calls.append(None)
             if len(calls) == 2:
                 assert projected is not None
@@ -275,19 +277,20 @@ def test_parts_of_a_batch_add_up_to_the_mean_of_their_losses(make, tmp_path, ima
 
 
 def test_features_do_not_collapse(make, images):
-    result = pretrain(make(optim={"epochs": 20}))
+    result = pretrain(make(optim={"epochs": 20, "lr": 2e-2}))
 
     source = open_source(str(images))
     pool, _ = load_images(source, range(len(source)), image_size=16, channels=3)
     with torch.no_grad():
         features = F.normalize(result.encoder(pool.float() / 255), dim=1)
-    # A sphere's own deviation is 1 / sqrt(64) = 0.125 in each direction; collapsed features have 0.
+    # A sphere's own deviation is 1 / sqrt(64) = 0.125 in each direction. Measured: 0.090 and 0.94,
+    # untrained 0.033 and 0.63, and 0.009 with a loss that draws all features together.
     deviation = features.std(0).mean()
     likeness = (features @ features.T).fill_diagonal_(-1)
     labels = torch.arange(IMAGES) % CLASSES
     accuracy = (labels[likeness.argmax(1)] == labels).float().mean()
-    assert deviation > 0.02, deviation
-    assert accuracy > 0.6, accuracy  # chance is 1/3
+    assert deviation > 0.06, deviation
+    assert accuracy > 0.75, accuracy  # chance is 1/3
 
 
 @pytest.mark.parametrize(
