@@ -31,6 +31,7 @@ def test_throughput_adds_rows_of_all_loops_and_their_ratios(tmp_path):
     assert {row["shape"] for row in rows} == {"resnet18 32-64-128-256 small_stride2 4x3x32x32"}
 
 
+@pytest.mark.slow
 def test_time_to_accuracy_tells_when_both_reached_what_both_can_reach(tmp_path):
     out = tmp_path / "rows.csv"
     few = ["--epochs", "2", "--probe-every", "1", "--probe-labels", "40", "--test-images", "40"]

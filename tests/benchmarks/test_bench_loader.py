@@ -62,6 +62,7 @@ def test_loaders_leave_rates_and_speedups(shard, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_overlap_leaves_what_a_run_waited(shard, tmp_path):
     teacher = ROOT / "mimic_fast" / "assets" / "demo_backdoored.safetensors"
     quick = ("--images", 80, "--batch", 4, "--steps", 3, "--preset", "mimic")
