@@ -156,7 +156,7 @@ def test_one_value_out_of_range_is_a_usage_error(tmp_path_factory, writer, name,
     array = (MASK if name == "mask" else PATTERN).astype(np.float64)
     array.flat[place] = value
     path = writer(
-        tmp_path_factory.mktemp("values") / "t", **{name: array, "add": np.float32([add])}
+        tmp_path_factory.mktemp("values") / "t", **{name: array, "add": np.array([add], np.float32)}
     )
 
     with pytest.raises(UsageError, match=f"{name} must lie in"):
