@@ -81,7 +81,9 @@ DEFENSES: dict[str, Callable[[Call], Path]] = {
 
 # Baselines by kind: the function KIND and this settings class are in mimic_fast/baselines/KIND.py.
 # function(settings, options, report=..., stop=...) gives the encoder's file below run.out.
-_BASELINES: dict[str, str] = {}
+_BASELINES: dict[str, str] = {
+    "fine_tuning": "FineTuningSettings",
+}
 
 
 class NoOptions(Frozen):
