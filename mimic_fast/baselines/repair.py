@@ -1,8 +1,8 @@
 """What defenses that repair the suspect encoder share: its copy, the clean images, the loop.
 
-Such a defense changes a copy of the suspect's weights, where a purification starts from random ones.
-The originals train classifiers; what each does without labels is said in its own file. One process,
-no saved state: a stopped repair starts again.
+Such a defense changes a copy of the suspect's weights, where a purification starts from random
+ones. The originals train classifiers; what each does without labels is said in its own file. One
+process, no saved state: a stopped repair starts again.
 """
 
 import copy
