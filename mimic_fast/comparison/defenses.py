@@ -86,6 +86,15 @@ _BASELINES: dict[str, str] = {
 }
 
 
+# Sections of a purification's settings that a baseline does not read: its options have their like.
+UNREAD = ("preset", "mi", "loss", "optim")
+
+
+def is_baseline(kind: str) -> bool:
+    """Whether it has options of its own in place of the sections ``UNREAD``."""
+    return kind in _BASELINES
+
+
 class NoOptions(Frozen):
     """Of kinds whose settings are all in a recipe."""
 

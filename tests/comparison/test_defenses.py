@@ -12,6 +12,7 @@ from mimic_fast.comparison.run import compare
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import record_targets
+from mimic_fast.recipe import PRESETS
 
 # As a baseline is written: a settings class and a function of the module's name.
 SHRUNK = '''
@@ -84,6 +85,36 @@ def test_options_name_the_cell_with_their_defaults_filled_in(shrunk, ready, matr
 
     assert digest() == digest(factor=0.5)
     assert digest() != digest(factor=0.25)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"preset": "mimic"},
+        {"settings": {"optim": {"epochs": 3}}},
+        {"settings": {"loss": {"clone": 2}}},
+        {"settings": {"data": {"crop_scale": [0.5, 1]}}},
+    ],
+    ids=["preset", "optim", "loss", "data.crop_scale"],
+)
+def test_what_a_baseline_does_not_read_is_refused(shrunk, ready, matrix, tmp_path, given, request):
+    settings = matrix(defenses={"x": {"kind": "shrunk", **given}})
+    name = request.node.callspec.id
+    with pytest.raises(UsageError, match=rf"defenses.x: kind 'shrunk' does not read {name}; "):
+        list(cells_of(settings, tmp_path))
+
+
+def test_a_new_default_of_what_a_baseline_does_not_read_leaves_its_cells(
+    shrunk, ready, matrix, tmp_path, monkeypatch
+):
+    def digests(kind: str) -> str:
+        return next(iter(cells_of(matrix(defenses={"x": {"kind": kind}}), tmp_path))).digest
+
+    before = digests("shrunk"), digests("purify")
+    monkeypatch.setitem(PRESETS["hardened"], "optim", {"epochs": 7})
+
+    assert digests("shrunk") == before[0]
+    assert digests("purify") != before[1]
 
 
 def test_a_baseline_gets_its_options(shrunk, ready, matrix, tmp_path):
