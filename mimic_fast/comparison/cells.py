@@ -224,8 +224,8 @@ def _refuse_unread(name: str, defense: DefenseSettings) -> None:
         unread.append("data.crop_scale")
     if unread:
         raise UsageError(
-            f"defenses.{name}: kind {defense.kind!r} does not read {unread[0]}; what can be set of it "
-            f"are defenses.{name}.options"
+            f"defenses.{name}: kind {defense.kind!r} does not read {unread[0]}; set "
+            f"defenses.{name}.options"
         )
 
 
