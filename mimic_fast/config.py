@@ -214,7 +214,7 @@ class MutualInformationSettings(Frozen):
 
 
 class HardenSettings(Frozen):
-    """Student-only perturbation: what the student imitates cannot hang on a local pattern."""
+    """Student-only perturbation: what the student imitates cannot hang on what is perturbed."""
 
     probability: float = Field(default=0.0, ge=0, le=1, description="share of images perturbed")
     area: tuple[float, float] = Field(
@@ -224,7 +224,26 @@ class HardenSettings(Frozen):
         default=("constant", "noise", "image"),
         description="contents of the rectangle, drawn uniformly",
     )
-    rectangles: int = Field(default=2, ge=1, description="rectangles per perturbed image")
+    rectangles: int = Field(
+        default=2, ge=0, le=64, description="rectangles per perturbed image; 0: none"
+    )
+    blend: float = Field(
+        default=0.0, ge=0, le=1, description="most opacity of another image over a perturbed one"
+    )
+    waves: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="largest amplitude of a sinusoid added to a perturbed image, images in [0, 1]",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "HardenSettings":
+        if self.probability > 0 and not (self.rectangles or self.blend or self.waves):
+            raise ValueError(
+                "harden.probability is above 0 and rectangles, blend and waves are all 0; set one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _area(self) -> "HardenSettings":
