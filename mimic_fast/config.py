@@ -282,6 +282,11 @@ class LossSettings(Frozen):
     teacher_view: Literal["same", "plain"] = Field(
         default="same", description="what the teacher sees: the student's view, or the whole image"
     )
+    teacher_memory: bool = Field(
+        default=True,
+        description="keep the teacher's answers to the clean images where its view never changes "
+        "(teacher_view 'plain'), instead of running it in every step",
+    )
     temperature: float = Field(default=0.5, gt=0, description="temperature of NT-Xent")
     projection: int = Field(default=128, ge=2, description="output width of the projection head")
     harden: HardenSettings = Field(default_factory=HardenSettings)
@@ -426,12 +431,33 @@ class EvaluationSettings(Frozen):
         return self.attack if isinstance(self.attack, tuple) else (self.attack,)
 
 
+class StudentSettings(Frozen):
+    """What the student begins with."""
+
+    init: Literal["random", "trusted"] = Field(
+        default="random", description="random weights, or a clean checkpoint of your own"
+    )
+    checkpoint: Path | None = Field(
+        default=None,
+        description="the trusted checkpoint, of the suspect's architecture; never the suspect",
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "StudentSettings":
+        if (self.init == "trusted") != (self.checkpoint is not None):
+            raise ValueError(
+                "student.init 'trusted' and student.checkpoint belong together; give both or none"
+            )
+        return self
+
+
 class Settings(Frozen):
     """All settings of one run."""
 
     preset: Preset = Field(default="hardened", description="named starting point")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seeds everything")
     encoder: EncoderSettings = Field(default_factory=EncoderSettings)
+    student: StudentSettings = Field(default_factory=StudentSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     mi: MutualInformationSettings = Field(default_factory=MutualInformationSettings)
     loss: LossSettings = Field(default_factory=LossSettings)

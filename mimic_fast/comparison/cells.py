@@ -252,6 +252,8 @@ def _decisive(settings: Settings, content: Contents, *, kind: str) -> dict[str, 
     """The settings with data by content, and without what changes no figure."""
     record = settings_record(settings)
     record["encoder"].pop("teacher")  # its digest stands for it
+    if settings.student.checkpoint is not None:
+        record["student"]["checkpoint"] = sha256_file(settings.student.checkpoint)
     for section in UNREAD if is_baseline(kind) else ():
         record.pop(section)
     evaluation = {k: v for k, v in record["evaluation"].items() if k not in _INDIFFERENT}

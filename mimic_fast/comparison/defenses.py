@@ -87,7 +87,7 @@ _BASELINES: dict[str, str] = {
 
 
 # Sections of a purification's settings that a baseline does not read: its options have their like.
-UNREAD = ("preset", "mi", "loss", "optim")
+UNREAD = ("preset", "student", "mi", "loss", "optim")
 
 
 def is_baseline(kind: str) -> bool:
