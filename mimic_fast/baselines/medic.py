@@ -105,10 +105,7 @@ def medic(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerStatistics:
-    """Mean and standard deviation of a layer's channels over the clean images' views.
-
-    Both have the layer's number of dimensions, 1 in all but the channels'.
-    """
+    """Mean and deviation of a layer's channels over clean views; 1 in all other dimensions."""
 
     mean: Tensor
     deviation: Tensor
@@ -131,11 +128,9 @@ def layer_statistics(
         ]
         sums = moments if not sums else [a + b for a, b in zip(sums, moments, strict=True)]
     result = []
-    for total in sums:
-        mean, square = total / steps
+    for mean, square in (total / steps for total in sums):
         deviation = (square - mean.square()).clamp(min=0).sqrt()
-        floor = (deviation.max() * _FLOOR).clamp(min=1e-6)
-        deviation = torch.maximum(deviation, floor)
+        deviation = torch.maximum(deviation, (deviation.max() * _FLOOR).clamp(min=1e-6))
         result.append(LayerStatistics(mean=mean.float(), deviation=deviation.float()))
     return result
 
@@ -143,17 +138,11 @@ def layer_statistics(
 def attributed(
     teacher: TappedEncoder, images: Tensor, *, temperature: float
 ) -> tuple[Float[Tensor, "batch feature"], list[Tensor], list[Tensor]]:
-    """The suspect's features, activations, and gradients of telling the batch's images apart.
-
-    One forward, and one backward that stops at the first tap and reaches no weight.
-
-    Args:
-        teacher: The frozen suspect.
-        images: In [0, 1].
-        temperature: Of the cosines.
+    """One forward of the frozen suspect, one backward to its first tap; no weight's gradient.
 
     Returns:
-        Features, then one activation and one gradient a tap, as they lie in memory, detached.
+        Features, every tap's activation, and the gradient by it of the cross-entropy of telling the
+        batch's images apart at this temperature; as they lie in memory, detached.
     """
     kept = _Kept(source=True)
     features = teacher.listened(images, kept)
@@ -208,9 +197,9 @@ def cloning_loss(
 
     Args:
         student: The student's output of every layer.
-        activations: The suspect's; no gradient flows into them.
-        gradients: Of the suspect's task with respect to them.
-        statistics: Of the suspect's layers.
+        activations: The suspect's, with their gradients and statistics; none is differentiated.
+        gradients: As :func:`attributed` gives them.
+        statistics: As :func:`layer_statistics` gives them.
         sharpness: Of :func:`importance`.
 
     Returns:
