@@ -66,7 +66,7 @@ def test_a_single_stage_has_the_last_share():
 def test_every_convolution_loses_exactly_its_stages_share(changed):
     old, new, drawn = changed((*SHARES, 0.1))
 
-    counted = [0, 0, 0, 0, 0]
+    counted, sizes = [0] * 5, [0] * 4
     for name, before in old.items():
         differing = int((before != new[name]).sum())
         if before.ndim != 4:
@@ -75,8 +75,10 @@ def test_every_convolution_loses_exactly_its_stages_share(changed):
         stage = int(name[5]) - 1 if name.startswith("layer") else 0
         assert differing == round(SHARES[stage] * before.numel()), name
         counted[stage] += differing
+        sizes[stage] += before.numel()
     assert drawn == tuple(counted)
-    assert 0 < drawn[0] < drawn[1] < drawn[2] < drawn[3]
+    rates = [count / size for count, size in zip(drawn, sizes, strict=False)]
+    assert rates == pytest.approx(SHARES, rel=0.05)
 
 
 def test_new_numbers_are_those_of_a_random_encoder(changed, suspect):
@@ -170,7 +172,7 @@ def test_distillation_comes_back_to_the_suspect_and_the_card_says_what_was_drawn
     assert card["shares"] == pytest.approx(
         {"layer1": 0.1, "layer2": 0.2, "layer3": 0.4, "layer4": 0.8, "head": 0.1}
     )
-    assert card["reinitialized"]["layer4"] > card["reinitialized"]["layer1"] > 0
+    assert all(card["reinitialized"][stage] > 0 for stage in card["shares"] if stage != "head")
     assert card["reinitialized"]["head"] == 0
     written, before = load_file(path), load_file(suspect)
     assert written.keys() == before.keys()
