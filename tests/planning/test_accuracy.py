@@ -1,4 +1,4 @@
-"""The forecast against the allocator: peak of a real run within 10 % of what was predicted, 15 % on older CPUs."""
+"""The forecast against the allocator: peak of a real run within 10 % (older CPUs: 15) of it."""
 
 import pytest
 import torch
