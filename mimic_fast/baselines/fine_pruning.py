@@ -94,7 +94,7 @@ def fine_pruning(
     )
     encoder = repair.copy()
     name = options.layer or last_layer(encoder)
-    layer = _prunable(encoder, name)
+    layer = prunable_layer(encoder, name)
     pruned = prune(repair, encoder, layer, utility_drop=options.utility_drop)
     # The dead weights get no gradient: then neither step, momentum nor decay moves them from 0.
     mask = _columns(pruned.kept, layer.weight).to(layer.weight.dtype)
@@ -134,6 +134,40 @@ def last_layer(encoder: Encoder) -> str:
             "give options.layer"
         )
     return ran[-1]
+
+
+def prunable_layer(encoder: Encoder, name: str) -> nn.Conv2d | nn.Linear:
+    """The layer of that name below ``encoder.backbone``, if a zeroed weight blinds it to a channel.
+
+    Raises:
+        UsageError: If it does not exist, is of another kind, or computes its weights from others.
+    """
+    layer = dict(encoder.backbone.named_modules()).get(name)
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or not _is_layer(layer):
+        raise UsageError(
+            f"fine_pruning prunes what goes into a convolution, not grouped, or a linear layer; "
+            f"options.layer {name!r} of {encoder.spec.architecture} is "
+            f"{'missing' if layer is None else type(layer).__name__}; choose another"
+        )
+    channels = layer.weight.shape[1]
+    if channels < 2:
+        raise UsageError(f"layer {name!r} has one input channel, nothing to prune; choose another")
+    # Layers that standardize their weights bring a zeroed one back.
+    blind = copy.deepcopy(layer)
+    sides: list[int] = []
+    if isinstance(layer, nn.Conv2d):
+        sides = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    probe = layer.weight.new_zeros(2, channels, *sides)
+    probe[1, 0] = 1
+    with torch.no_grad():
+        blind.weight[:, 0] = 0
+        black, excited = blind(probe)
+    if not torch.equal(black, excited):
+        raise UsageError(
+            f"layer {name!r} ({type(layer).__name__}) recomputes its weights, so that pruned "
+            "channels would come back; choose another as options.layer"
+        )
+    return layer
 
 
 def prune(
@@ -238,36 +272,6 @@ def _features(
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-
-
-def _prunable(encoder: Encoder, name: str) -> nn.Conv2d | nn.Linear:
-    """The layer of that name, if zeroed weights make it blind to a channel."""
-    layer = dict(encoder.backbone.named_modules()).get(name)
-    if not isinstance(layer, nn.Conv2d | nn.Linear) or not _is_layer(layer):
-        raise UsageError(
-            f"fine_pruning prunes what goes into a convolution, not grouped, or a linear layer; "
-            f"options.layer {name!r} of {encoder.spec.architecture} is "
-            f"{'missing' if layer is None else type(layer).__name__}; choose another"
-        )
-    channels = layer.weight.shape[1]
-    if channels < 2:
-        raise UsageError(f"layer {name!r} has one input channel, nothing to prune; choose another")
-    # Layers that standardize their weights bring a zeroed one back.
-    blind = copy.deepcopy(layer)
-    sides: list[int] = []
-    if isinstance(layer, nn.Conv2d):
-        sides = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-    probe = layer.weight.new_zeros(2, channels, *sides)
-    probe[1, 0] = 1
-    with torch.no_grad():
-        blind.weight[:, 0] = 0
-        black, excited = blind(probe)
-    if not torch.equal(black, excited):
-        raise UsageError(
-            f"layer {name!r} ({type(layer).__name__}) recomputes its weights, so that pruned "
-            "channels would come back; choose another as options.layer"
-        )
-    return layer
 
 
 def _columns(channels: Tensor, weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ SHORT = OptimSettings(
 )
 OPTIONS = NadSettings(optim=SHORT, teacher_epochs=1)
 TAPS = ("layer1", "layer2", "layer3")  # at 16 pixels layer4 has one position
+BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 
 
 def naive_distance(student_map, teacher_map):
@@ -39,17 +40,17 @@ def opened(settings):
     return open_repair(settings, kind="nad", report=silent, stop=lambda: False)
 
 
-def teacher_of(repair, options):
+def teacher_of(repair, options, *, taps=TAPS):
     """Made as the paper says, from the parts that ``fine_tuning`` is made of."""
     teacher = repair.copy()
     optim = options.optim.model_copy(update={"epochs": options.teacher_epochs})
     fine_tune(repair, teacher, options.model_copy(update={"optim": optim}))
-    return TappedEncoder(teacher, TAPS).requires_grad_(False)
+    return TappedEncoder(teacher, taps).requires_grad_(False)
 
 
 def distance_on_clean(repair, encoder, teacher):
     with torch.no_grad():
-        _, own = TappedEncoder(encoder, TAPS)(repair.images)
+        _, own = TappedEncoder(encoder, teacher.taps)(repair.images)
         _, goals = teacher(repair.images)
     return sum(map(naive_distance, own, goals))
 
@@ -64,18 +65,6 @@ def vit(tmp_path):
     )
     encoder = build_encoder(spec, seed=0).eval()
     return export_encoder(encoder, tmp_path / "vit", key_map=None, card={})
-
-
-def convnext(tmp_path):
-    spec = EncoderSpec(
-        architecture="timm:convnext_atto",
-        arguments={"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]},
-        image_size=16,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-    )
-    encoder = build_encoder(spec, seed=0).eval()
-    return export_encoder(encoder, tmp_path / "convnext", key_map=None, card={})
 
 
 def test_defaults_are_the_papers():
@@ -107,17 +96,21 @@ def test_the_first_losses_are_nt_xent_and_the_weighted_distance_to_the_fine_tune
 
 
 def test_attention_comes_closer_to_the_teachers_than_by_fine_tuning(settings_of, tmp_path):
-    pulled = nad(settings_of(), OPTIONS)
-    free = settings_of(run={"out": str(tmp_path / "free"), "device": "cpu"})
-    left = nad(free, OPTIONS.model_copy(update={"betas": (0.0, 0.0, 0.0)}))
+    encoder = {"teacher": str(vit(tmp_path))}
+    optim = OptimSettings(name="adamw", lr=3e-3, epochs=2, batch_size=27, warmup_epochs=0)
+    # Longer trained than the student: it does not come there by fine-tuning alone.
+    options = NadSettings(optim=optim, teacher_epochs=8, betas=(1e4, 1e4, 1e4))
+    pulled = nad(settings_of(encoder=encoder), options)
+    free = settings_of(encoder=encoder, run={"out": str(tmp_path / "free"), "device": "cpu"})
+    left = nad(free, options.model_copy(update={"betas": (0.0, 0.0, 0.0)}))
 
-    repair = opened(settings_of())
-    teacher = teacher_of(repair, OPTIONS)
+    repair = opened(settings_of(encoder=encoder))
+    teacher = teacher_of(repair, options, taps=BLOCKS)
     distances = [
         distance_on_clean(repair, load_encoder(path).encoder, teacher) for path in (pulled, left)
     ]
 
-    assert distances[0] < 0.8 * distances[1]
+    assert distances[0] < 0.6 * distances[1]
 
 
 def test_the_teacher_runs_once_and_gets_no_gradient(settings_of):
@@ -131,7 +124,7 @@ def test_the_teacher_runs_once_and_gets_no_gradient(settings_of):
     teacher.register_forward_hook(lambda *_: runs.append(1))
     _, maps = student(repair.images[:8])
 
-    attention_distance(maps, teacher, repair.images[:8], betas=(1, 1, 1)).backward()
+    attention_distance(maps, teacher, repair.images[:8], betas=(1.0, 1.0, 1.0)).backward()
 
     assert len(runs) == 1
     assert all(weight.grad is None for weight in teacher.parameters())
@@ -144,7 +137,7 @@ def test_the_card_names_taps_and_recipe_and_the_suspect_is_trained(settings_of, 
     card = json.loads(path.with_suffix(".json").read_bytes())
     assert (card["kind"], card["taps"]) == ("nad", list(TAPS))
     assert card["settings"]["betas"] == [500, 1000, 1000]
-    key = "backbone.layer4.0.conv2.weight"
+    key = "layer4.0.conv2.weight"
     assert not torch.equal(load_file(path)[key], load_file(suspect)[key])
 
 
@@ -164,18 +157,15 @@ def test_blocks_of_a_vit_are_distilled_in_bfloat16(settings_of, tmp_path):
     path = nad(settings, OPTIONS.model_copy(update={"optim": optim}), report=seen.append)
 
     card = json.loads(path.with_suffix(".json").read_bytes())
-    assert card["taps"] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert card["taps"] == list(BLOCKS)
     assert all(event.metrics["attention"] > 0 for event in seen if event.phase == "nad")
 
 
-def test_too_few_taps_with_attention_are_refused_and_fewer_betas_are_taken(settings_of, tmp_path):
-    settings = settings_of(encoder={"teacher": str(convnext(tmp_path))})  # maps of 4, 2, 1, 1
+def test_too_few_taps_with_attention_are_refused(settings_of):
+    options = OPTIONS.model_copy(update={"betas": (1.0,) * 4})
 
-    with pytest.raises(UsageError, match=r"needs 3 taps .* has 2 of 4 .*fewer options\.betas"):
-        nad(settings, OPTIONS)
-    path = nad(settings, OPTIONS.model_copy(update={"betas": (500.0, 1000.0)}))
-    card = json.loads(path.with_suffix(".json").read_bytes())
-    assert card["taps"] == ["stages.0", "stages.1"]
+    with pytest.raises(UsageError, match=r"needs 4 taps .* has 3 of 4 .*fewer options\.betas"):
+        nad(settings_of(), options)
 
 
 def test_given_taps_are_used(settings_of, suspect):
