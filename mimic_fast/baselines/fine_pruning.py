@@ -7,11 +7,11 @@ as clean accuracy allows, and the network is fine-tuned.
 
 An encoder has no accuracy without labels: its place takes the share of an image's 10 nearest
 neighbors that it keeps from the suspect. Neighbors change long before classes do, so the share that
-may be lost is larger than one would lose of accuracy. In an encoder without a classifier the last layer's
-outputs are the features, joined by a skip connection, so what is pruned are the channels that go
-into it: the hidden ones of a ResNet's last block, the MLP's hidden units of a ViT's. A pruned
-channel is one that the last layer takes nothing from, which needs no care for the BatchNorm, biases
-and activations that make it. The count is found by bisection, not one channel after another.
+may be lost is larger than one would lose of accuracy. The outputs of an encoder's last layer are
+the features, joined by a skip connection, so what is pruned are the channels that go into it: the
+hidden ones of a ResNet's last block, the MLP's hidden units of a ViT's. The last layer takes
+nothing from a pruned channel, which needs no care for the BatchNorm, biases and activations that
+make it. The count is found by bisection, not one channel after another.
 """
 
 import copy
@@ -97,7 +97,7 @@ def fine_pruning(
     layer = prunable_layer(encoder, name)
     pruned = prune(repair, encoder, layer, utility_drop=options.utility_drop)
     # The dead weights get no gradient: then neither step, momentum nor decay moves them from 0.
-    mask = _columns(pruned.kept, layer.weight).to(layer.weight.dtype)
+    mask = pruned.kept.view(1, -1, *(1,) * (layer.weight.ndim - 2))
     handle = layer.weight.register_hook(lambda gradient: gradient * mask)
     fine_tune(repair, encoder, options)
     handle.remove()
@@ -200,18 +200,17 @@ def prune(
     weight = layer.weight.detach()
     whole = weight.clone()
 
-    def utility(count: int) -> float:
+    def cut(count: int) -> None:
         weight.copy_(whole)
         weight[:, order[:count]] = 0
-        same = nearest_neighbors(_features(repair, encoder, judged)) & neighbors
-        return float(same.sum() / neighbors.sum())
 
     fits, too_many, best = 0, len(order), 1.0
-    trials = math.ceil(math.log2(len(order)))
-    trial = 0
+    trial, trials = 0, math.ceil(math.log2(len(order)))
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        share = utility(count)
+        cut(count)
+        same = nearest_neighbors(_features(repair, encoder, judged)) & neighbors
+        share = float(same.sum() / neighbors.sum())
         if share >= 1 - utility_drop:
             fits, best = count, share
         else:
@@ -221,8 +220,7 @@ def prune(
         repair.report(
             Event(phase="pruning", done=trial, total=trials, unit="trials", metrics=metrics)
         )
-    weight.copy_(whole)
-    weight[:, order[:fits]] = 0
+    cut(fits)
     kept = torch.ones_like(activity, dtype=torch.bool)
     kept[order[:fits]] = False
     return Pruned(kept=kept, utility=best)
@@ -243,8 +241,7 @@ def mean_activity(
 
     def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal seen
-        found = inputs[0].abs().movedim(1 if isinstance(layer, nn.Conv2d) else -1, -1)
-        rows = found.flatten(0, -2)
+        rows = inputs[0].abs().movedim(1 if isinstance(layer, nn.Conv2d) else -1, -1).flatten(0, -2)
         total.add_(rows.sum(0, dtype=torch.float64))
         seen += len(rows)
 
@@ -272,8 +269,3 @@ def _features(
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-
-
-def _columns(channels: Tensor, weight: Tensor) -> Tensor:
-    """By input channel, to be multiplied with the weight."""
-    return channels.view(1, -1, *(1,) * (weight.ndim - 2))

@@ -37,7 +37,9 @@ def opened(settings):
 
 
 def layer_of(encoder, name=LAST):
-    return encoder.backbone.get_submodule(name)
+    layer = encoder.backbone.get_submodule(name)
+    assert isinstance(layer, torch.nn.Conv2d)
+    return layer
 
 
 def written(tmp_path, architecture, arguments, *, image_size=16, **fields):
@@ -88,6 +90,9 @@ def planted(settings_of, trigger, tmp_path):
     repair = opened(settings_of())
     encoder = repair.copy().requires_grad_(False)
     norm = encoder.backbone.get_submodule("layer4.0.bn1")
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     found = []
     handle = norm.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     encoder(torch.cat([trigger, repair.images]))
@@ -196,7 +201,7 @@ def test_pruned_channels_stay_dead_while_the_others_are_trained(settings_of, sus
     images = torch.rand(4, 3, 16, 16)
     features = encoder(images)
     with torch.no_grad():  # what makes the pruned channels has no effect
-        layer_of(encoder, "layer4.0.bn1").bias[dead] += 100
+        encoder.get_parameter("backbone.layer4.0.bn1.bias")[dead] += 100
     torch.testing.assert_close(encoder(images), features, rtol=0, atol=0)
 
 
@@ -258,7 +263,8 @@ def test_what_is_no_such_layer_is_refused(settings_of, layer, what):
 
 def test_a_layer_that_standardizes_its_weights_is_refused(settings_of):
     encoder = opened(settings_of()).copy()
-    encoder.backbone.layer4[0].conv2 = StdConv2d(16, 16, 3, padding=1)
+    block = encoder.backbone.get_submodule("layer4.0")
+    block.add_module("conv2", StdConv2d(16, 16, 3, padding=1))
 
     with pytest.raises(UsageError, match="recomputes its weights"):
         prunable_layer(encoder, LAST)
