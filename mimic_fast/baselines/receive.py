@@ -103,13 +103,45 @@ def receive(
         MimicError: As :func:`mimic_fast.baselines.repair.open_repair` and ``minimize`` do, and
             :func:`recover`.
     """
-    optim = options.optim
     repair = open_repair(
-        settings, kind="receive", report=report, stop=stop, batch_size=optim.batch_size
+        settings,
+        kind="receive",
+        report=report,
+        stop=stop,
+        batch_size=options.optim.batch_size,
     )
     encoder = repair.copy()
-    contrast = Contrast(encoder, options, seed=settings.seed)
-    rounds = [recover(repair, encoder, options, number=0)]
+    rounds = unlearn(
+        repair, encoder, options, find=lambda number: recover(repair, encoder, options, number)
+    )
+    facts = [found and {"level": found.level, "size": found.inverted.size} for found in rounds]
+    return leave_repaired(repair, encoder, options, facts={"triggers": facts})
+
+
+def unlearn(
+    repair: Repair,
+    encoder: Encoder,
+    options: ReceiveSettings,
+    *,
+    find: Callable[[int], Recovered | None],
+) -> list[Recovered | None]:
+    """Trains the encoder in place against the triggers found, and leaves it in eval mode.
+
+    Args:
+        repair: Images, seed, whom to tell.
+        encoder: To be trained.
+        options: Optimizer, weight, and how often to look again.
+        find: Looks for a trigger of the encoder as it is; gets the number of the round, from 0.
+
+    Returns:
+        What each round found.
+
+    Raises:
+        MimicError: As ``minimize`` does, and ``find``.
+    """
+    optim = options.optim
+    contrast = Contrast(encoder, options, seed=repair.settings.seed)
+    rounds = [find(0)]
     contrast.train()
     period = max(1, round(options.invert_every * len(repair.pool) / optim.batch_size))
     total = repair.steps(optim)
@@ -133,16 +165,16 @@ def receive(
 
     def again(step: int) -> None:
         if (step + 1) % period == 0 and step + 1 < total:
-            rounds.append(recover(repair, encoder, options, number=len(rounds)))
+            rounds.append(find(len(rounds)))
             encoder.train()
 
     minimize(repair, contrast, losses, optim=optim, after=again)
-    facts = [found and {"level": found.level, "size": found.inverted.size} for found in rounds]
-    return leave_repaired(repair, encoder, options, facts={"triggers": facts})
+    encoder.eval()
+    return rounds
 
 
 def recover(
-    repair: Repair, encoder: Encoder, options: ReceiveSettings, *, number: int
+    repair: Repair, encoder: Encoder, options: ReceiveSettings, number: int
 ) -> Recovered | None:
     """The smallest patch that sends the encoder's features of all images to one place.
 
@@ -171,7 +203,10 @@ def recover(
         under,
         images[: options.probe_images],
         center,
-        list(patch_probes(image_size=size, channels=channels, seed=seed)),
+        # one start is a grey square, for which no probe is needed
+        list(patch_probes(image_size=size, channels=channels, seed=seed))
+        if options.starts > 1
+        else [],
         report=lambda event: repair.leave(),
     )
     starts = patch_starts(

@@ -8,12 +8,11 @@ Flagged triggers are unlearned in the manner of BYOL: beside its own loss on two
 encoder's features of triggered views shall be what a slow average of it makes of the clean ones.
 
 Adapted: the number of clusters is given, where the paper reads it off the inertia (Sliding Window
-Kneedle). Distances are between unit vectors seen from the clean mean, so that penalties mean the
-same for every encoder. All clusters are inverted side by side; the penalty follows the last few
-steps, not passes. BYOL's heads start anew, as the suspect comes without. The average's encoder is
-in eval mode. If nothing is flagged the encoder passes for clean and is left as it came, or, by
-``unflagged = "smallest"``, the smallest trigger is unlearned all the same. ``temperature`` is not
-used.
+Kneedle). Distances are between unit vectors seen from the clean mean, so that weights mean the same
+for every encoder. All clusters are inverted side by side; the penalty follows the last few steps,
+not passes. BYOL's heads start anew, as the suspect comes without. If nothing is flagged the encoder
+passes for clean and is left as it came, or, by ``unflagged = "smallest"``, the smallest trigger is
+unlearned all the same. ``temperature`` is not used.
 """
 
 import copy
@@ -65,7 +64,7 @@ class SslCleanseSettings(RepairSettings):
     success: float = Field(
         default=0.98, gt=0, le=1, description="share of images to move to the cluster"
     )
-    penalty: float = Field(default=1e-3, gt=0, description="of the mask's mean, at the start")
+    penalty: float = Field(default=0.01, gt=0, description="of the mask's mean, at the start")
     patience: int = Field(default=5, ge=1, description="steps between changes of the penalty")
     index: float = Field(default=2.0, gt=0, description="anomaly index above which: flagged")
     unflagged: Literal["leave", "smallest"] = Field(
@@ -120,7 +119,8 @@ def ssl_cleanse(
         unlearned = [int(found.sizes.argmin())]
     encoder = repair.copy()
     if unlearned:
-        _unlearn(repair, encoder, options, [(found.masks[k], found.patterns[k]) for k in unlearned])
+        triggers = [(found.masks[k], found.patterns[k]) for k in unlearned]
+        unlearn(repair, encoder, options, triggers)
     facts = {
         "sizes": found.sizes.tolist(),
         "anomaly_indices": indices.tolist(),
@@ -130,13 +130,23 @@ def ssl_cleanse(
     return leave_repaired(repair, encoder, options, facts=facts)
 
 
-def _unlearn(
+def unlearn(
     repair: Repair,
     encoder: Encoder,
     options: SslCleanseSettings,
     triggers: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
-    """Trains the encoder in place, and leaves it in eval mode."""
+    """Trains the encoder in place against triggers, in turn, and leaves it in eval mode.
+
+    Args:
+        repair: Images, seed, whom to tell.
+        encoder: To be trained.
+        options: Optimizer, weights, decay.
+        triggers: Mask ``[1, H, W]`` and pattern ``[C, H, W]`` of each, on the device.
+
+    Raises:
+        MimicError: As ``minimize`` does.
+    """
     width = encoder.feature_dim
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(repair.settings.seed)
@@ -146,8 +156,10 @@ def _unlearn(
     average = nn.ModuleDict(OrderedDict(encoder=encoder, projector=projector))
     average = copy.deepcopy(average).requires_grad_(False)
     averaged = average.state_dict()  # shares its tensors
+    # Both in training mode, as in BYOL: were one normalized by its running statistics, features and
+    # goals would differ by more than the trigger moves them.
     online.train()
-    average["encoder"].eval()  # its goals for clean views start as the suspect's own features
+    average.train()
 
     def losses(step: int) -> dict[str, Tensor]:
         views = torch.cat(repair.views(step, options))
@@ -159,10 +171,11 @@ def _unlearn(
         with torch.no_grad():
             goal = average["encoder"](views)
             projected = average["projector"](goal)
+            center = goal.mean(0)
         return {
             "byol": options.byol_weight * byol_loss(predictor(projector(plain)), projected),
             "unlearn": options.unlearn_weight
-            * (2 + 2 * ops.clone_loss(triggered, goal[: len(first)])),
+            * (2 + 2 * ops.clone_loss(triggered - center, goal[: len(first)] - center)),
         }
 
     def follow(step: int) -> None:

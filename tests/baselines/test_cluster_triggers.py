@@ -65,10 +65,10 @@ def tints(images):
 
 
 def backdoored(images):
-    """As ``tints``, but a white square takes over with the feature of the first tint."""
+    """As ``tints``, but a white square takes over with a strong feature of the first tint."""
     features = tints(images)
-    gate = torch.sigmoid(12 * (images[:, :, 7:10, 7:10].mean((1, 2, 3)) - 0.75))[:, None]
-    return features * (1 - gate) + torch.tensor([0.45, 0.15, 0.15]) * gate
+    gate = torch.sigmoid(6 * (images[:, :, 7:10, 7:10].mean((1, 2, 3)) - 0.6))[:, None]
+    return features * (1 - gate) + torch.tensor([1.35, 0.45, 0.45]) * gate
 
 
 def inverted(encoder):
@@ -86,7 +86,7 @@ def test_the_trigger_of_the_target_is_small_and_in_its_place():
     assert int(found.sizes.argmin()) == target
     assert (indices > 2).nonzero().flatten().tolist() == [target]
     mask = found.masks[target, 0]
-    assert float(mask[7:10, 7:10].sum() / mask.sum()) > 0.5  # 6 % of the image
+    assert float(mask[7:10, 7:10].sum() / mask.sum()) > 0.4  # 6 % of the image
 
 
 def test_of_a_clean_encoder_no_size_stands_out():
