@@ -95,6 +95,10 @@ class Repair:
         """A copy of the suspect in float32 to be changed, in eval mode."""
         return copy.deepcopy(self.suspect.encoder).float().requires_grad_(True)
 
+    def steps(self, optim: OptimSettings) -> int:
+        """How many steps :func:`minimize` takes."""
+        return max(1, round(len(self.pool) / optim.batch_size * optim.epochs))
+
     def batch(self, step: int, optim: OptimSettings) -> Int64[Tensor, " batch"]:
         """Which clean images a step takes; every pass takes all of them once."""
         ids, _ = self._items(step, optim)
@@ -213,7 +217,7 @@ def minimize(
     """
     optimizer = build_optimizer(trained, optim)
     per_epoch = len(repair.pool) / optim.batch_size
-    total = max(1, round(per_epoch * optim.epochs))
+    total = repair.steps(optim)
     dtype = autocast_dtype(optim.precision)
     for step in range(total):
         repair.leave()
