@@ -83,6 +83,13 @@ DEFENSES: dict[str, Callable[[Call], Path]] = {
 # function(settings, options, report=..., stop=...) gives the encoder's file below run.out.
 _BASELINES: dict[str, str] = {
     "fine_tuning": "FineTuningSettings",
+    "fine_pruning": "FinePruningSettings",
+    "nad": "NadSettings",
+    "clp": "ClpSettings",
+    "medic": "MedicSettings",
+    "bcu": "BcuSettings",
+    "receive": "ReceiveSettings",
+    "ssl_cleanse": "SslCleanseSettings",
 }
 
 

@@ -1,5 +1,7 @@
 """Options of a defense: its own settings, checked before anything runs."""
 
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,17 @@ def test_a_kind_without_options_refuses_them(kind):
     options_of(kind, {})
     with pytest.raises(UsageError, match=f"'{kind}' takes no options, got rate"):
         options_of(kind, {"rate": 1})
+
+
+@pytest.mark.parametrize("kind", _BASELINES)
+def test_every_baseline_has_a_function_and_settings_with_defaults(kind):
+    function = getattr(import_module(f"mimic_fast.baselines.{kind}"), kind)
+
+    assert list(signature(function).parameters) == ["settings", "options", "report", "stop"]
+    assert options_of(kind, {}).model_dump(mode="json")
+    assert callable(defense_of(kind))
+    with pytest.raises(UsageError, match="unknown setting 'magic'"):
+        options_of(kind, {"magic": 1})
 
 
 def test_options_are_refused_before_anything_runs(matrix, tmp_path):
