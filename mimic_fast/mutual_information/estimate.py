@@ -189,7 +189,9 @@ def _count(
     )
 
 
-def _paired(sides: Sides, block: slice, settings: MutualInformationSettings) -> Sides:
+def _paired(
+    sides: Sides, block: slice, settings: MutualInformationSettings
+) -> tuple[Float[Tensor, "pair image"], Float[Tensor, "pair image"]]:
     """Both coordinates of every pair of a block, in the order of its counts."""
     x, y = sides
     if settings.pairs != "cross":

@@ -21,8 +21,8 @@ from mimic_fast.mutual_information.canonical import (
 
 PairForm = Literal["canonical", "cross", "sliced"]
 Sides = tuple[
-    Float32[Tensor, "x_direction image"],
-    Float32[Tensor, "y_direction image"],
+    Float32[Tensor, "x_direction measured_image"],
+    Float32[Tensor, "y_direction measured_image"],
 ]
 
 
