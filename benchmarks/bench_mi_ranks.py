@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from measure import Case, Machine, Row, append_rows, single_row, spread_row, this_machine
@@ -103,7 +104,8 @@ def rank_rows(encoder: str, shares: Shares, images: int, machine: Machine) -> li
 
 def correlation(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     """Spearman's, over the layers."""
-    return float(spearmanr(list(first.values()), [second[tap] for tap in first]).statistic)
+    found: Any = spearmanr(list(first.values()), [second[tap] for tap in first])
+    return float(found.statistic)
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:

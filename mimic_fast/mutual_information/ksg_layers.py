@@ -93,14 +93,14 @@ def estimate_ksg(
 
 
 def _measure(sides: Sides, settings: MutualInformationSettings, *, seed: int) -> HalfEstimate:
-    leading = tuple(side[:MOST_DIRECTIONS] for side in sides)
-    directions, images = leading[0].shape
+    of_layer, of_features = (side[:MOST_DIRECTIONS] for side in sides)
+    directions, images = of_layer.shape
     num_groups = min(settings.jackknife_groups, images)
     groups = jackknife_group(images, num_groups=num_groups)
     generator = torch.Generator().manual_seed(seed)
-    x, y = (_untied(side, generator) for side in leading)
+    x, y = _untied(of_layer, generator), _untied(of_features, generator)
     rolls = shuffling_rolls(images, shuffles=settings.shuffles)
-    r = score_correlations(*leading, groups, num_groups=num_groups)
+    r = score_correlations(of_layer, of_features, groups, num_groups=num_groups)
     kept = [groups != group for group in range(num_groups)]
     return HalfEstimate(
         total=float(_nats(x, y)),

@@ -25,7 +25,7 @@ CHEAP = {"shuffles": 2, "jackknife_groups": 2}
 
 
 def estimate(
-    layer: Tensor, features: Tensor, settings: MutualInformationSettings, *, seed: int = 0
+    layer: Tensor, features: Tensor, *, settings: MutualInformationSettings, seed: int = 0
 ) -> LayerEstimate:
     (result,) = estimate_histogram([layer], features, settings, names=["layer"], seed=seed)
     return result
@@ -95,9 +95,9 @@ def test_cross_is_the_sum_over_every_pair_of_principal_directions(gaussian, monk
                 r = score_correlations(*pair, groups, num_groups=20)
                 expected += float(pair_information(counts.groups, r, gaussian_table(8, 200))[0]) / 2
 
-    found = estimate(layer, features, CROSS)
+    found = estimate(layer, features, settings=CROSS)
     monkeypatch.setattr(estimate_module, "_BLOCK", 4)
-    in_blocks = estimate(layer, features, CROSS)
+    in_blocks = estimate(layer, features, settings=CROSS)
 
     assert (found.pairs, found.bins) == (6, 8)
     assert found.raw == pytest.approx(expected, abs=1e-10)
@@ -118,7 +118,7 @@ def test_cross_of_a_gaussian_is_the_sum_over_its_correlations():
         generator = torch.Generator().manual_seed(seed)
         x, noise = torch.randn(2, 2000, 2, generator=generator, dtype=torch.float64)
         x = x * variances.sqrt()
-        found.append(estimate(x.float(), (x @ mixing.T + noise).float(), CROSS).raw)
+        found.append(estimate(x.float(), (x @ mixing.T + noise).float(), settings=CROSS).raw)
 
     assert fmean(found) == pytest.approx(truth, rel=0.05)
 
@@ -128,9 +128,9 @@ def test_crossed_layers_that_hold_the_features_are_marked_and_dead_ones_are_empt
         [8.0, 4.0, 2.0, 1.0]
     )
 
-    assert estimate(3 * features, features, CROSS).determines_features
-    assert not estimate(torch.randn(400, 3), features, CROSS).determines_features
-    dead = estimate(torch.zeros(400, 3), features, CROSS)
+    assert estimate(3 * features, features, settings=CROSS).determines_features
+    assert not estimate(torch.randn(400, 3), features, settings=CROSS).determines_features
+    dead = estimate(torch.zeros(400, 3), features, settings=CROSS)
     assert (dead.pairs, dead.raw, dead.determines_features) == (0, 0, False)
 
 
@@ -144,7 +144,9 @@ def test_sliced_gaussian_has_its_mean_over_directions(gaussian, dims):
 
     settings = SLICED.model_copy(update={"slices": 200, **CHEAP})
     found = [
-        estimate(*gaussian(1000, dims=dims, correlation=0.9, seed=seed), settings, seed=seed).raw
+        estimate(
+            *gaussian(1000, dims=dims, correlation=0.9, seed=seed), settings=settings, seed=seed
+        ).raw
         for seed in range(2)
     ]
 
@@ -170,10 +172,10 @@ def test_slices_have_unit_variance_and_depend_on_the_seed_alone(gaussian):
 def test_sliced_is_a_mean_reproducible_and_the_same_in_blocks(gaussian, monkeypatch):
     data = gaussian(400, dims=3, correlation=0.9, seed=0)
 
-    found = estimate(*data, SLICED)
-    again = estimate(*data, SLICED)
+    found = estimate(*data, settings=SLICED)
+    again = estimate(*data, settings=SLICED)
     monkeypatch.setattr(estimate_module, "_BLOCK", 30)
-    in_blocks = estimate(*data, SLICED)
+    in_blocks = estimate(*data, settings=SLICED)
 
     assert again == found
     assert found.pairs == in_blocks.pairs == 100
@@ -181,25 +183,25 @@ def test_sliced_is_a_mean_reproducible_and_the_same_in_blocks(gaussian, monkeypa
     assert in_blocks.high == pytest.approx(found.high, abs=1e-12)
     assert in_blocks.noise_floor == pytest.approx(found.noise_floor, abs=1e-12)
     assert 0.02 < found.raw < 0.4
-    assert estimate(*data, SLICED, seed=1).raw != found.raw
+    assert estimate(*data, settings=SLICED, seed=1).raw != found.raw
 
 
 @pytest.mark.parametrize("settings", [CROSS, SLICED], ids=["cross", "sliced"])
 def test_one_direction_a_side_leaves_nothing_to_choose(gaussian, settings):
     data = gaussian(1000, dims=1, correlation=0.8, seed=0)
 
-    expected = estimate(*data, MutualInformationSettings()).raw
+    expected = estimate(*data, settings=MutualInformationSettings()).raw
 
-    assert estimate(*data, settings).raw == pytest.approx(expected, abs=0.02)
+    assert estimate(*data, settings=settings).raw == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("settings", [CROSS, SLICED], ids=["cross", "sliced"])
 def test_interval_of_independent_data_contains_zero(gaussian, settings):
     found = [
-        estimate(*gaussian(120, dims=3, correlation=0.0, seed=seed), settings, seed=seed)
+        estimate(*gaussian(120, dims=3, correlation=0.0, seed=seed), settings=settings, seed=seed)
         for seed in range(10)
     ]
 
     assert sum(one.low <= 0 <= one.high for one in found) >= 8
-    dead = estimate(torch.zeros(200, 3), torch.randn(200, 2), settings)
+    dead = estimate(torch.zeros(200, 3), torch.randn(200, 2), settings=settings)
     assert (dead.raw, dead.determines_features) == (0, False)
