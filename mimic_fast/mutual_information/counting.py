@@ -36,36 +36,6 @@ def shuffling_rolls(images: int, *, shuffles: int) -> tuple[int, ...]:
     return tuple(1 + turn * (images - 1) // shuffles for turn in range(shuffles))
 
 
-def count_pairs(
-    coordinates: tuple[Float[Tensor, "pair image"], Float[Tensor, "pair image"]] | None,
-    *,
-    bins: int,
-    num_groups: int,
-    shuffles: int,
-    processes: Processes,
-) -> PairCounts:
-    """Bins both sides of every pair and counts, on all processes together.
-
-    A shuffled pairing rolls one side against the other; the order of the images is random.
-
-    Args:
-        coordinates: Both sides of the pairs on process 0; None on the others.
-        bins: K.
-        num_groups: Jackknife groups.
-        shuffles: Shuffled pairings.
-        processes: All of them must call.
-    """
-    x_codes, y_codes = bin_codes(coordinates, bins=bins, processes=processes)
-    return count_matched(
-        x_codes,
-        y_codes,
-        bins=bins,
-        num_groups=num_groups,
-        shuffles=shuffles,
-        processes=processes,
-    )
-
-
 def bin_codes(
     coordinates: tuple[Float[Tensor, "x_direction image"], Float[Tensor, "y_direction image"]]
     | None,
@@ -88,7 +58,18 @@ def count_matched(
     shuffles: int,
     processes: Processes,
 ) -> PairCounts:
-    """Counts of the pairs of directions ``i`` and ``i``; see :func:`count_pairs`."""
+    """Counts of the pairs of directions ``i`` and ``i``, on all processes together.
+
+    A shuffled pairing rolls one side against the other; the order of the images is random.
+
+    Args:
+        x_codes: Bins of the first side, the same on all processes.
+        y_codes: Bins of the second side.
+        bins: K.
+        num_groups: Jackknife groups.
+        shuffles: Shuffled pairings.
+        processes: All of them must call.
+    """
     images = x_codes.shape[1]
     share = _share(images, processes)
     group = jackknife_group(images, num_groups=num_groups).to(x_codes.device)
@@ -112,7 +93,10 @@ def count_crossed(
     shuffles: int,
     processes: Processes,
 ) -> PairCounts:
-    """Counts of every direction of x with every direction of y, those of the first x first."""
+    """Counts of every direction of x with every direction of y, those of the first x first.
+
+    Arguments as for :func:`count_matched`.
+    """
     images = x_codes.shape[1]
     own = slice(*_share(images, processes))
     group = jackknife_group(images, num_groups=num_groups).to(x_codes.device)[own]

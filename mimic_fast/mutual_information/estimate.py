@@ -82,7 +82,7 @@ def estimate_histogram(
         halves = []
         for fold, whitening in zip(folds, whitenings, strict=True):
             sides = whitening and _sides(layer, features, fold, whitening, settings, seed=seed)
-            half = _measure(sides, bins, len(fold.measured), settings, processes)
+            half = _measure(sides, bins, settings, processes)
             halves += [] if half is None else [half]
         estimates += [combine_halves(name, halves, bins)] if halves else []
         report(Event(phase="estimate", done=index + 1, total=len(layers), unit="layers"))
@@ -134,7 +134,6 @@ def _sides(
 def _measure(
     sides: Sides | None,
     bins: int,
-    images: int,
     settings: MutualInformationSettings,
     processes: Processes,
 ) -> HalfEstimate | None:
