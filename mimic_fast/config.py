@@ -181,9 +181,17 @@ CLEAN_SET_FIELDS = (
 class MutualInformationSettings(Frozen):
     """Step A: where the benign knowledge lies."""
 
-    estimator: Literal["histogram", "dv"] = Field(
-        default="histogram", description="binned canonical pairs, or Donsker-Varadhan critics"
+    estimator: Literal["histogram", "dv", "infonce", "ksg"] = Field(
+        default="histogram",
+        description="binned pairs of directions; critics trained for the Donsker-Varadhan or the "
+        "InfoNCE bound; nearest neighbors on 8 canonical directions",
     )
+    pairs: Literal["canonical", "cross", "sliced"] = Field(
+        default="canonical",
+        description="directions the histogram pairs: canonical ones, all principal ones, random "
+        "ones; only canonical ones estimate the mutual information",
+    )
+    slices: int = Field(default=512, ge=1, description="random pairs of directions (sliced)")
     source: Literal["teacher", "student"] = Field(
         default="teacher",
         description="whose activations are measured (the demo uses the student's)",
@@ -203,8 +211,12 @@ class MutualInformationSettings(Frozen):
     base: float = Field(default=1000.0, ge=0, description="layer weight = base + gain * share")
     gain: float = Field(default=10000.0, ge=0, description="layer weight = base + gain * share")
     force: bool = Field(default=False, description="permit a K too large for the number of images")
-    dv_epochs: int = Field(default=200, ge=1, description="epochs per critic (dv)")
-    dv_batch: int = Field(default=128, ge=2, description="batch of a critic (dv)")
+    dv_epochs: int = Field(default=200, ge=1, description="epochs per critic (dv, infonce)")
+    dv_batch: int = Field(
+        default=128,
+        ge=2,
+        description="batch of a critic (dv, infonce); infonce stays below its logarithm",
+    )
 
     @model_validator(mode="after")
     def _bins(self) -> "MutualInformationSettings":

@@ -330,10 +330,10 @@ def _check_settings(settings: Settings) -> None:
     _check_curve(settings)
     if settings.encoder.teacher_shard and settings.optim.precision == "fp64":
         raise UsageError("encoder.teacher_shard keeps float32 weights; use another precision")
-    if settings.encoder.teacher_shard and settings.mi.estimator == "dv":
+    if settings.encoder.teacher_shard and settings.mi.estimator in ("dv", "infonce"):
         raise UsageError(
-            "encoder.teacher_shard cannot run with mi.estimator 'dv', which processes compute each "
-            "for themselves; use 'histogram'"
+            f"encoder.teacher_shard cannot run with mi.estimator '{settings.mi.estimator}', which "
+            "processes compute each for themselves; use 'histogram'"
         )
 
 

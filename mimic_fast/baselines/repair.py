@@ -215,6 +215,8 @@ def minimize(
         DivergedError: If a loss was not finite.
         NothingSavedError: If the repair was told to stop.
     """
+    if optim.channels_last:
+        trained.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = build_optimizer(trained, optim)
     per_epoch = len(repair.pool) / optim.batch_size
     total = repair.steps(optim)
