@@ -254,7 +254,7 @@ def _decisive(settings: Settings, content: Contents, *, kind: str) -> dict[str, 
     record["encoder"].pop("teacher")  # its digest stands for it
     if settings.student.checkpoint is not None:
         record["student"]["checkpoint"] = sha256_file(settings.student.checkpoint)
-    for section in UNREAD if is_baseline(kind) else ():
+    for section in UNREAD if is_baseline(kind) or kind in AS_IT_IS else ():
         record.pop(section)
     evaluation = {k: v for k, v in record["evaluation"].items() if k not in _INDIFFERENT}
     evaluation["downstream"] = [

@@ -123,11 +123,12 @@ def test_a_new_default_of_what_a_baseline_does_not_read_leaves_its_cells(
     def digests(kind: str) -> str:
         return next(iter(cells_of(matrix(defenses={"x": {"kind": kind}}), tmp_path))).digest
 
-    before = digests("shrunk"), digests("purify")
+    before = {kind: digests(kind) for kind in ("shrunk", "none", "purify")}
     monkeypatch.setitem(PRESETS["hardened"], "optim", {"epochs": 7})
 
-    assert digests("shrunk") == before[0]
-    assert digests("purify") != before[1]
+    assert digests("shrunk") == before["shrunk"]
+    assert digests("none") == before["none"]
+    assert digests("purify") != before["purify"]
 
 
 def test_a_baseline_gets_its_options(shrunk, ready, matrix, tmp_path):
