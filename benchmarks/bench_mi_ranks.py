@@ -1,6 +1,6 @@
 """Whether the layers of real encoders keep their order, whoever estimates and whatever is drawn.
 
-    python benchmarks/bench_mi_ranks.py --data '../shared/data/cifar10/train-*.tar'
+    python benchmarks/bench_mi_ranks.py --data 'DIR/train-*.tar'
     python benchmarks/bench_mi_ranks.py --data DIR --encoders benchmarks/encoders/drupe --seeds 2
 
 For every encoder, estimator and seed, which draws the images and all else that is random: each
