@@ -2,8 +2,9 @@
 
 MOTH (Tao et al., "Model Orthogonalization: Class Distance Hardening in Neural Networks for Better
 Security", IEEE S&P 2022) inverts triggers of a classifier and trains against them. RECEIVE is its
-form for encoders, a baseline of Han et al., arXiv:2406.03508: it inverts one trigger, mask and
-pattern, and minimizes ``NT-Xent + 3.5 MSE(f(x), f(x + trigger))`` over clean images x.
+form for encoders: it inverts one trigger, mask and pattern, and minimizes ``NT-Xent + 3.5 MSE(f(x),
+f(x + trigger))`` over clean images x. No publication of this form was found to check it against;
+the recipe, 3.5 included, was handed down.
 
 Adapted: there are no classes, so the trigger is the smallest one that sends the features of
 different images to one place; the inversion is that of ``mimic_fast.scan`` (DECREE, Feng et al.,
