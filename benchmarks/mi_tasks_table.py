@@ -35,7 +35,7 @@ def task_tables(rows: Iterable[Row]) -> str:
             name = row["impl"].partition(",")[0]
             by_name.setdefault(name, {})[row["metric"]] = float(row["p50"])
     parts = []
-    for images in dict.fromkeys(key[0] for key in found):
+    for images in sorted({key[0] for key in found}, key=int):
         lines = [
             f"**{int(images):,} images**\n",
             f"| task | a side | truth | {' | '.join(_COLUMNS)} |",

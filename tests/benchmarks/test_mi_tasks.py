@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from benchmarks.bench_mi_ranks import rank_rows
-from benchmarks.measure import this_machine
+from benchmarks.measure import Case, single_row, this_machine
 from benchmarks.mi_tasks import (
     CORRELATION,
     DEGREES,
@@ -25,6 +25,7 @@ from benchmarks.mi_tasks import (
     student_nats,
     uniform_nats,
 )
+from benchmarks.mi_tasks_table import task_tables
 from mimic_fast.mutual_information.ksg import ksg_terms
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +174,21 @@ def test_ranks_are_compared_between_seeds_and_with_the_default():
     assert found["ksg", "between seeds"] == 1
     assert found["ksg", "with canonical"] == pytest.approx(-0.9)
     assert sum(row["op"] == "share of information" for row in rows) == 8
+
+
+def test_the_table_has_a_line_for_each_answer_and_leaves_out_what_was_not_measured():
+    rows = []
+    for images, name, figures in (
+        (2000, "canonical", {"truth": 0.25, "mean": 0.5, "deviation": 0.125}),
+        (500, "sliced, 128 slices", {"truth": 0.25, "mean": 0.0625}),
+        (500, "dv, 10 epochs", {"truth": 0.25, "mean": 0.1}),
+    ):
+        case = Case(op="nats of t", impl=name, mode="8 a side", shape=f"{images} images, 2 seeds")
+        for metric, value in figures.items():
+            rows.append(single_row(case, metric, "nats", value, machine=this_machine(threads=1)))
+
+    few, many = task_tables(rows).split("\n\n**")
+
+    assert few.endswith("| t | 8 | 0.250 |  |  |  | 0.062 |")
+    assert many.endswith("| t | 8 | 0.250 | 0.500 (0.125) |  |  |  |")
+    assert many.startswith("2,000 images**")
