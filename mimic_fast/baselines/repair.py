@@ -164,12 +164,7 @@ def open_repair(
         UsageError: If encoder, images or output are missing, or the batch exceeds the images.
         UnsafeInputError: If a file is damaged.
     """
-    if settings.encoder.teacher is None or settings.run.out is None:
-        raise UsageError(f"{kind} needs encoder.teacher and run.out")
-    device = device_of(settings.run)
-    suspect = load_encoder(settings.encoder.teacher, settings.encoder)
-    report_assumed(suspect, report)
-    suspect.encoder.to(device).requires_grad_(False).eval()
+    suspect, device = open_suspect(settings, kind=kind, report=report)
     images = clean_images(settings.data, suspect.encoder.spec, seed=settings.seed, report=report)
     pool = images.squares[: len(images.squares) - images.clean_set.hold_out]
     if batch_size is not None:
@@ -185,6 +180,24 @@ def open_repair(
     )
 
 
+def open_suspect(
+    settings: Settings, *, kind: str, report: Reporter
+) -> tuple[LoadedEncoder, torch.device]:
+    """Reads the suspect alone, frozen, in eval mode, on the device; for defenses without images.
+
+    Raises:
+        UsageError: If encoder or output are missing.
+        UnsafeInputError: If the file is damaged.
+    """
+    if settings.encoder.teacher is None or settings.run.out is None:
+        raise UsageError(f"{kind} needs encoder.teacher and run.out")
+    device = device_of(settings.run)
+    suspect = load_encoder(settings.encoder.teacher, settings.encoder)
+    report_assumed(suspect, report)
+    suspect.encoder.to(device).requires_grad_(False).eval()
+    return suspect, device
+
+
 def minimize(
     repair: Repair,
     trained: nn.Module,
@@ -193,6 +206,7 @@ def minimize(
     optim: OptimSettings,
     phase: str | None = None,
     after: Callable[[int], None] | None = None,
+    steps: int | None = None,
 ) -> None:
     """Trains all parameters of ``trained`` that want a gradient on the sum of the losses.
 
@@ -206,6 +220,7 @@ def minimize(
         optim: Optimizer, passes, schedule, clipping.
         phase: Name in progress reports; None: the defense's.
         after: Called with the step's number after each update.
+        steps: How many updates, where a recipe counts them; None: those of ``optim.epochs``.
 
     Raises:
         DivergedError: If a loss was not finite.
@@ -213,7 +228,7 @@ def minimize(
     """
     optimizer = build_optimizer(trained, optim)
     per_epoch = len(repair.pool) / optim.batch_size
-    total = max(1, round(per_epoch * optim.epochs))
+    total = steps or max(1, round(per_epoch * optim.epochs))
     dtype = autocast_dtype(optim.precision)
     for step in range(total):
         repair.leave()
