@@ -21,8 +21,8 @@ OURS := $(or $(filter file,$(origin VENV)),$(wildcard $(STAMP)),$(if $(wildcard 
 demo: core  ## purify a small backdoored encoder and write its report (minutes on two cores)
 	@$(PY) -m mimic_fast demo --out "$(OUT)" $(ARGS)
 
-test: all  ## run the tests, all but the slow ones (ARGS='-k name' goes to pytest)
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+test: all  ## run the tests, all but the slow ones, on all cores (ARGS='-n 0 -k name': part, on one)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: all  ## lint, formatting, types
 	@$(PY) -m ruff check .
@@ -76,7 +76,7 @@ core: venv
 	$(call install,.,core all,mimic_fast)
 
 all: venv
-	$(call install,.[all$(,)dev],all,mimic_fast pytest pytest-timeout hypothesis beartype ruff basedpyright \
+	$(call install,.[all$(,)dev],all,mimic_fast pytest pytest-timeout pytest-xdist hypothesis beartype ruff basedpyright \
 	  fast-histogram scikit-learn scikit-video scipy statsmodels playwright onnx)
 
 # One that was only half made, or whose Python is gone, is made again; never one that is not ours.

@@ -66,7 +66,8 @@ def print_information(information: Mapping[str, Any]) -> None:
             f"{layer['weight']:.0f}",
         )
     if any(layer["determines_features"] for layer in information["layers"]):
-        table.caption = "* determines the features: limited by the number of bins"
+        of = "images" if information.get("bins") is None else "bins"
+        table.caption = f"* determines the features: limited by the number of {of}"
     _print(table)
 
 

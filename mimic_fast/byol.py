@@ -54,8 +54,8 @@ def byol_student(tapped: TappedEncoder, *, hidden: int | None, width: int, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {
-            "projector": _mlp(features, hidden, width),
-            "predictor": _mlp(width, hidden, width),
+            "projector": mlp(features, hidden, width),
+            "predictor": mlp(width, hidden, width),
         }
     student.projection = nn.Sequential(OrderedDict(parts))
     return student
@@ -148,7 +148,8 @@ def follow(byol: Byol, student: Student, *, done: float, bad: Tensor) -> None:
     torch._foreach_add_(targets, moves)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _mlp(features: int, hidden: int, width: int) -> nn.Sequential:
+def mlp(features: int, hidden: int, width: int) -> nn.Sequential:
+    """A projector or predictor: linear, BatchNorm, ReLU, linear; in and out ``[B, .]``."""
     # BatchNorm takes away what a bias in front of it adds; the paper's code has none behind either.
     return nn.Sequential(
         nn.Linear(features, hidden, bias=False),

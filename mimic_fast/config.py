@@ -181,9 +181,17 @@ CLEAN_SET_FIELDS = (
 class MutualInformationSettings(Frozen):
     """Step A: where the benign knowledge lies."""
 
-    estimator: Literal["histogram", "dv"] = Field(
-        default="histogram", description="binned canonical pairs, or Donsker-Varadhan critics"
+    estimator: Literal["histogram", "dv", "infonce", "ksg"] = Field(
+        default="histogram",
+        description="binned pairs of directions; critics trained for the Donsker-Varadhan or the "
+        "InfoNCE bound; nearest neighbors on 8 canonical directions",
     )
+    pairs: Literal["canonical", "cross", "sliced"] = Field(
+        default="canonical",
+        description="directions the histogram pairs: canonical ones, all principal ones, random "
+        "ones; only canonical ones estimate the mutual information",
+    )
+    slices: int = Field(default=512, ge=1, description="random pairs of directions (sliced)")
     source: Literal["teacher", "student"] = Field(
         default="teacher",
         description="whose activations are measured (the demo uses the student's)",
@@ -203,8 +211,12 @@ class MutualInformationSettings(Frozen):
     base: float = Field(default=1000.0, ge=0, description="layer weight = base + gain * share")
     gain: float = Field(default=10000.0, ge=0, description="layer weight = base + gain * share")
     force: bool = Field(default=False, description="permit a K too large for the number of images")
-    dv_epochs: int = Field(default=200, ge=1, description="epochs per critic (dv)")
-    dv_batch: int = Field(default=128, ge=2, description="batch of a critic (dv)")
+    dv_epochs: int = Field(default=200, ge=1, description="epochs per critic (dv, infonce)")
+    dv_batch: int = Field(
+        default=128,
+        ge=2,
+        description="batch of a critic (dv, infonce); infonce stays below its logarithm",
+    )
 
     @model_validator(mode="after")
     def _bins(self) -> "MutualInformationSettings":
@@ -214,7 +226,7 @@ class MutualInformationSettings(Frozen):
 
 
 class HardenSettings(Frozen):
-    """Student-only perturbation: what the student imitates cannot hang on a local pattern."""
+    """Student-only perturbation: what the student imitates cannot hang on what is perturbed."""
 
     probability: float = Field(default=0.0, ge=0, le=1, description="share of images perturbed")
     area: tuple[float, float] = Field(
@@ -224,7 +236,26 @@ class HardenSettings(Frozen):
         default=("constant", "noise", "image"),
         description="contents of the rectangle, drawn uniformly",
     )
-    rectangles: int = Field(default=2, ge=1, description="rectangles per perturbed image")
+    rectangles: int = Field(
+        default=2, ge=0, le=64, description="rectangles per perturbed image; 0: none"
+    )
+    blend: float = Field(
+        default=0.0, ge=0, le=1, description="most opacity of another image over a perturbed one"
+    )
+    waves: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="largest amplitude of a sinusoid added to a perturbed image, images in [0, 1]",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "HardenSettings":
+        if self.probability > 0 and not (self.rectangles or self.blend or self.waves):
+            raise ValueError(
+                "harden.probability is above 0 and rectangles, blend and waves are all 0; set one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _area(self) -> "HardenSettings":
@@ -262,6 +293,11 @@ class LossSettings(Frozen):
     contrastive: float = Field(default=0.0, ge=0, description="weight of NT-Xent on two views")
     teacher_view: Literal["same", "plain"] = Field(
         default="same", description="what the teacher sees: the student's view, or the whole image"
+    )
+    teacher_memory: bool = Field(
+        default=True,
+        description="keep the teacher's answers to the clean images where its view never changes "
+        "(teacher_view 'plain'), instead of running it in every step",
     )
     temperature: float = Field(default=0.5, gt=0, description="temperature of NT-Xent")
     projection: int = Field(default=128, ge=2, description="output width of the projection head")
@@ -407,12 +443,33 @@ class EvaluationSettings(Frozen):
         return self.attack if isinstance(self.attack, tuple) else (self.attack,)
 
 
+class StudentSettings(Frozen):
+    """What the student begins with."""
+
+    init: Literal["random", "trusted"] = Field(
+        default="random", description="random weights, or a clean checkpoint of your own"
+    )
+    checkpoint: Path | None = Field(
+        default=None,
+        description="the trusted checkpoint, of the suspect's architecture; never the suspect",
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "StudentSettings":
+        if (self.init == "trusted") != (self.checkpoint is not None):
+            raise ValueError(
+                "student.init 'trusted' and student.checkpoint belong together; give both or none"
+            )
+        return self
+
+
 class Settings(Frozen):
     """All settings of one run."""
 
     preset: Preset = Field(default="hardened", description="named starting point")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seeds everything")
     encoder: EncoderSettings = Field(default_factory=EncoderSettings)
+    student: StudentSettings = Field(default_factory=StudentSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     mi: MutualInformationSettings = Field(default_factory=MutualInformationSettings)
     loss: LossSettings = Field(default_factory=LossSettings)

@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from mimic_fast import ops
 from mimic_fast.batchnorm import synchronize_batchnorm
 from mimic_fast.checkpoint import newest_meta, refuse_other_run
-from mimic_fast.config import DataSettings, EvaluationSettings, RunSettings, Settings
+from mimic_fast.config import (
+    DataSettings,
+    EvaluationSettings,
+    RunSettings,
+    Settings,
+    StudentSettings,
+)
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.clean_set import CleanSet, clean_images, write_clean_set
 from mimic_fast.data.loader import TrainingImages, choose_backend
 from mimic_fast.data.order import check_batch
 from mimic_fast.distributed import Processes, restarted, start, wait_for_all
 from mimic_fast.encoders.blocks import blocks
-from mimic_fast.encoders.build import Encoder, build_encoder
+from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.export import export_encoder
 from mimic_fast.encoders.ingest import LoadedEncoder, load_encoder, report_assumed
 from mimic_fast.encoders.self_test import self_test
@@ -38,6 +44,7 @@ from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.checks import check_measurement
 from mimic_fast.evaluation.curve import Curve
 from mimic_fast.files import machine_errors, write_atomic
+from mimic_fast.first_weights import FirstWeights, first_weights
 from mimic_fast.mutual_information.locate import (
     MutualInformation,
     locate_layers,
@@ -184,6 +191,7 @@ class _Setup:
     training: TrainingImages
     without_attention: tuple[str, ...]
     identity: dict[str, Any]
+    trusted: str | None
 
 
 def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setup:
@@ -193,11 +201,12 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     report_assumed(teacher, report)
     spec = teacher.encoder.spec
     check_measurement(settings.evaluation, spec, seed=settings.seed)
+    first = first_weights(teacher, settings.student, seed=settings.seed)
     images = clean_images(
         settings.data, spec, seed=settings.seed, world=processes.world, report=report
     )
     clean_set, pool = images.clean_set, images.squares
-    identity = _identity(settings, teacher, clean_set)
+    identity = _identity(settings, teacher, clean_set, first)
     _check_state(settings.run, identity)
     training = TrainingImages(squares=pool[: len(pool) - clean_set.hold_out], files=images.files)
     check_batch(len(training), batch_size=settings.optim.batch_size, processes=processes)
@@ -208,8 +217,8 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     taps = settings.encoder.taps or default_taps(teacher.encoder)
     teacher.encoder.requires_grad_(False)
     teacher_taps = _placed_teacher(TappedEncoder(teacher.encoder, taps), settings, processes)
-    # Built from the specification alone: no weight or buffer of the teacher enters the student.
-    student_taps = TappedEncoder(build_encoder(spec, seed=settings.seed), taps)
+    # No weight or buffer of the teacher enters the student.
+    student_taps = TappedEncoder(first.encoder, taps)
     student_taps.to(processes.device)
     sample = plain_view(pool[:16], image_size=spec.image_size).to(processes.device)
     self_test(student_taps, teacher_taps, sample)
@@ -223,6 +232,7 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
         training=training,
         without_attention=attention_free_taps(teacher_taps),
         identity=identity,
+        trusted=first.sha256,
     )
 
 
@@ -320,10 +330,10 @@ def _check_settings(settings: Settings) -> None:
     _check_curve(settings)
     if settings.encoder.teacher_shard and settings.optim.precision == "fp64":
         raise UsageError("encoder.teacher_shard keeps float32 weights; use another precision")
-    if settings.encoder.teacher_shard and settings.mi.estimator == "dv":
+    if settings.encoder.teacher_shard and settings.mi.estimator in ("dv", "infonce"):
         raise UsageError(
-            "encoder.teacher_shard cannot run with mi.estimator 'dv', which processes compute each "
-            "for themselves; use 'histogram'"
+            f"encoder.teacher_shard cannot run with mi.estimator '{settings.mi.estimator}', which "
+            "processes compute each for themselves; use 'histogram'"
         )
 
 
@@ -362,13 +372,16 @@ def _card(
             "size": len(setup.clean_set.items),
             "fraction": setup.clean_set.fraction,
         },
+        "student": {"init": settings.student.init, "sha256": setup.trusted},
         "layer_weights": {layer.tap: layer.weight for layer in information.layers},
         "steps": trained.steps,
         "settings": settings_record(settings),
     }
 
 
-def _identity(settings: Settings, teacher: LoadedEncoder, clean_set: CleanSet) -> dict[str, Any]:
+def _identity(
+    settings: Settings, teacher: LoadedEncoder, clean_set: CleanSet, first: FirstWeights
+) -> dict[str, Any]:
     """What decides the weights, as far as it is known before step A; where they are written is not.
 
     The specification stands beside the teacher's digest: part of it may come from a card.
@@ -381,12 +394,14 @@ def _identity(settings: Settings, teacher: LoadedEncoder, clean_set: CleanSet) -
             "run": run,
             "evaluation": _NO_EVALUATION,
             "data": settings.data.model_copy(update=same),
+            "student": StudentSettings(),  # the checkpoint's digest stands for it
         }
     )
     return {
         "kind": "purify",
         "teacher": teacher.sha256,
         "spec": teacher.encoder.spec.model_dump(mode="json"),
+        "student": first.sha256,
         "clean_set": clean_set.sha256,
         "settings": settings_json(decisive),
     }

@@ -51,7 +51,27 @@ class TeacherSide:
     listener: ops.LayerLosses | ops.LiveLosses | None
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherOutputs:
+    """All that the losses need of the teacher for some images.
+
+    Args:
+        features: Of the teacher.
+        power: Attention map by tap, before normalization; None where a tap has no attention loss.
+        dense: The last tap's activation, where the dense clone loss wants it.
+        positions: Of every tap.
+        dtype: Of the activations.
+        live: Taps whose activation the teacher's network changed in place afterwards.
+    """
+
+    features: Float[Tensor, "batch feature"]
+    power: tuple[Float[Tensor, "batch _"] | None, ...]
+    dense: Tensor | None
+    positions: tuple[int, ...]
+    dtype: torch.dtype
+    live: frozenset[int]
+
+
 def teacher_side(
     teacher: TappedEncoder,
     images: Float[Tensor, "batch channel height width"],
@@ -60,9 +80,6 @@ def teacher_side(
     settings: LossSettings,
 ) -> TeacherSide:
     """Runs the teacher once and prepares the losses of the student's taps.
-
-    A tap that the teacher's network overwrites is overwritten by the student's too: both have one
-    architecture. Its losses are those of what stands there after the forward pass.
 
     Args:
         teacher: Frozen.
@@ -73,53 +90,96 @@ def teacher_side(
     Raises:
         ValueError: If there is not one weight a tap.
     """
-    if len(layer_weights) != len(teacher.taps):
-        raise ValueError(
-            f"expected one weight a tap, got {len(layer_weights)} for {len(teacher.taps)} taps"
+    outputs = teacher_outputs(teacher, images, layer_weights, settings=settings)
+    return side_of(outputs, layer_weights, settings=settings)
+
+
+@torch.no_grad()
+def teacher_outputs(
+    teacher: TappedEncoder,
+    images: Float[Tensor, "batch channel height width"],
+    layer_weights: Sequence[float],
+    *,
+    settings: LossSettings,
+) -> TeacherOutputs:
+    """Runs the teacher once; arguments and errors are those of :func:`teacher_side`.
+
+    A tap that the teacher's network overwrites is overwritten by the student's too: both have one
+    architecture. Its losses are those of what stands there after the forward pass.
+    """
+    taps = len(teacher.taps)
+    if len(layer_weights) != taps:
+        raise ValueError(f"expected one weight a tap, got {len(layer_weights)} for {taps} taps")
+    attended = _attended(layer_weights, settings)
+    if not attended and not settings.dense:
+        features = teacher(images)[0]
+        return TeacherOutputs(
+            features=features,
+            power=(None,) * taps,
+            dense=None,
+            positions=(),
+            dtype=features.dtype,
+            live=frozenset(),
         )
-    attended = [n for n, weight in enumerate(layer_weights) if weight * settings.attention_weight]
-    dense = len(teacher.taps) - 1 if settings.dense else None
-    if not attended and dense is None:
-        return TeacherSide(features=teacher(images)[0], listener=None)
     kept = _Kept()
     features = teacher.listened(images, kept)
-    wanted = [n for n in attended if n != dense]
+    wanted = [n for n in attended if not (settings.dense and n == taps - 1)]
     maps = ops.power_maps(
         [kept.activations[n][0] for n in wanted],
         power=settings.attention_power,
         prefixes=[kept.activations[n][1] for n in wanted],
     )
-    targets: list[ops.Target | None] = [None] * len(teacher.taps)
-    for n, power in zip(wanted, maps, strict=True):
-        targets[n] = ops.Target(power=power)
-    if dense is not None:
-        targets[dense] = ops.Target(teacher=kept.activations[dense][0])
-    like = next(iter(kept.activations.values()))[0]
-    positions = tuple(_positions(*kept.activations[n]) for n in range(len(teacher.taps)))
+    found = dict(zip(wanted, maps, strict=True))
+    return TeacherOutputs(
+        features=features,
+        power=tuple(found.get(n) for n in range(taps)),
+        dense=kept.activations[taps - 1][0] if settings.dense else None,
+        positions=tuple(_positions(*kept.activations[n]) for n in range(taps)),
+        dtype=kept.activations[0][0].dtype,
+        live=kept.overwritten(),
+    )
+
+
+def side_of(
+    outputs: TeacherOutputs, layer_weights: Sequence[float], *, settings: LossSettings
+) -> TeacherSide:
+    """The losses of the student's taps from what the teacher left, now or earlier."""
+    attended, last = _attended(layer_weights, settings), len(layer_weights) - 1
+    features, images = outputs.features, len(outputs.features)
+    if not attended and outputs.dense is None:
+        return TeacherSide(features=features, listener=None)
+    targets = [None if power is None else ops.Target(power=power) for power in outputs.power]
+    if outputs.dense is not None:
+        targets[last] = ops.Target(teacher=outputs.dense)
     attention = tuple(
         weight * settings.attention_weight / n
-        for weight, n in zip(layer_weights, positions, strict=True)
+        for weight, n in zip(layer_weights, outputs.positions, strict=True)
     )
+    dense = None if outputs.dense is None else last
+    clone = tuple(settings.dense if n == dense else 0.0 for n in range(last + 1))
     terms = [
         ops.Terms(
             power=settings.attention_power,
             clone=settings.clone_form if n == dense else "none",
             attention=n in attended,
         )
-        for n in range(len(teacher.taps))
+        for n in range(last + 1)
     ]
-    clone = tuple(settings.dense if n == dense else 0.0 for n in range(len(teacher.taps)))
     return TeacherSide(
         features=features,
         listener=ops.tapped_losses(
-            _weights(attention, clone, images.shape[0], like.device, features.dtype),
+            _weights(attention, clone, images, features.device, features.dtype),
             targets,
             terms,
-            images=images.shape[0],
-            like=like,
-            live=kept.overwritten(),
+            images=images,
+            like=features.new_empty(0, dtype=outputs.dtype),
+            live=outputs.live,
         ),
     )
+
+
+def _attended(layer_weights: Sequence[float], settings: LossSettings) -> list[int]:
+    return [n for n, weight in enumerate(layer_weights) if weight * settings.attention_weight]
 
 
 def _positions(activation: Tensor, prefix: int) -> int:

@@ -12,7 +12,7 @@ from mimic_fast.data.loader import Batch
 from mimic_fast.distributed import Processes
 from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.taps import Listener, TappedEncoder
-from mimic_fast.layer_losses import summed, teacher_side
+from mimic_fast.layer_losses import TeacherOutputs, side_of, summed, teacher_side
 from mimic_fast.losses import Losses, contrastive_loss, total_loss
 from mimic_fast.precision import autocast, autocast_dtype
 from mimic_fast.step_clock import StepClock, listener_timed
@@ -83,6 +83,7 @@ def step_losses(
     processes: Processes,
     clock: StepClock | None = None,
     pull: tuple[Tensor, Tensor] | None = None,
+    known: TeacherOutputs | None = None,
 ) -> Losses:
     """Losses of a batch: the student sees it once (twice with a second view), the teacher once.
 
@@ -97,11 +98,15 @@ def step_losses(
         clock: Told what takes the time.
         pull: Gradients of the contrastive loss by the two views' projections, where it was computed
             over a larger batch than this; the loss is then their product, which has them.
+        known: What the teacher said of these images earlier; it does not run again.
     """
     clock = clock or StepClock(processes.device)
     loss, size = settings.loss, batch.ids.shape[0]
     side = None
-    if teacher is not None:
+    if known is not None:
+        with clock.section("teacher"):
+            side = side_of(known, layer_weights, settings=loss)
+    elif teacher is not None:
         dtype = autocast_dtype(settings.optim.precision)
         with clock.section("teacher"), autocast(dtype, processes.device):
             side = teacher_side(teacher, batch.v1, layer_weights, settings=loss)

@@ -37,6 +37,7 @@ from mimic_fast.saver import Saver
 from mimic_fast.sharded_state import newest_for_all, read_pieces
 from mimic_fast.step import Student, step_losses
 from mimic_fast.step_clock import StepClock
+from mimic_fast.teacher_memory import TeacherMemory, remember
 from mimic_fast.trackers import finish as finish_trackers
 from mimic_fast.trackers import start_trackers
 from mimic_fast.training_log import TERMS, TrainingLog
@@ -128,6 +129,7 @@ def train(
     loop = _Loop(task, settings, accelerator, processes)
     loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
     first = loop.resume(loader.name) if settings.run.resume == "auto" else 0
+    loop.remember(loader, report=report, stop=stop)
     if task.out is not None:
         start_trackers(
             accelerator,
@@ -236,6 +238,23 @@ class _Loop:
             clock=self.clock,
         )
         self.saver = self._saver()
+        self.memory: TeacherMemory | None = None
+
+    def remember(self, loader: Loader, *, report: Reporter, stop: Callable[[], bool]) -> None:
+        """Asks the teacher once about all images, where its answers stay the same."""
+        if self.task.teacher is None or self.settings.loss.teacher_view != "plain":
+            return
+        self.memory = remember(
+            self.task.teacher,
+            self.task.images.squares,
+            self.task.layer_weights,
+            settings=self.settings,
+            processes=self.processes,
+            layout=self.layout,
+            report=report,
+            stop=stop,
+        )
+        loader.plain = self.memory is None
 
     def _prepare_modules(self) -> None:
         """Types, memory order, compilation: before an engine takes the student."""
@@ -278,8 +297,12 @@ class _Loop:
         """Forward, backward, check, update; nothing here waits for the device."""
         settings = self.settings
         student_view = self._placed(batch.v1 if batch.student is None else batch.student)
+        if self.memory is not None:  # nobody else looks
+            teacher_view = student_view
+        else:
+            teacher_view = self._placed(batch.v1 if batch.plain is None else batch.plain)
         batch = Batch(
-            v1=self._placed(batch.v1 if batch.plain is None else batch.plain),
+            v1=teacher_view,
             v2=None if batch.v2 is None else self._placed(batch.v2),
             ids=batch.ids,
         )
@@ -360,6 +383,7 @@ class _Loop:
             processes=self.processes,
             clock=self.clock,
             pull=part.pull,
+            known=None if self.memory is None else self.memory.of(part.batch.ids),
         )
 
     def flush(self, loader: Loader, *, last: bool) -> bool:
@@ -379,6 +403,7 @@ class _Loop:
     def _dump(self, out: Path, step: int, loader: Loader) -> Path:
         student = self.engine.whole()
         tapped, teacher = self.task.student.tapped, self.task.fingerprint.get("teacher")
+        loader.plain = True  # for whoever runs the step again with the teacher
         with loader.batches(step - 1, step) as batches:  # made again: it hangs on the step alone
             return dump_diverged(
                 out / "diverged",

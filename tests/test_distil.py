@@ -202,7 +202,7 @@ def test_state_of_other_settings_is_not_continued(small):
 
     def stop() -> bool:
         polls.append(None)
-        return len(polls) > 5
+        return len(polls) > 9  # after step A and the teacher's one pass
 
     with pytest.raises(StoppedError):
         purify(small("mi.chunk=90"), stop=stop)
@@ -227,3 +227,19 @@ def test_what_is_missing_is_named(small, section, key, message):
 
     with pytest.raises(UsageError, match=message):
         purify(settings.model_copy(update={section: part}))
+
+
+def test_a_trusted_start_is_on_record_and_decides_what_a_state_belongs_to(small, tmp_path):
+    own = export_encoder(build_encoder(SPEC, seed=9), tmp_path / "own", key_map=None, card={})
+    trusted = ("student.init=trusted", f"student.checkpoint={own}", "run.max_steps=1")
+
+    result = purify(small(*trusted))
+
+    card = json.loads(result.encoder.with_suffix(".json").read_bytes())
+    assert card["student"] == {"init": "trusted", "sha256": load_encoder(own).sha256}
+    # One step from there, not from random weights.
+    before, after = load_file(own), load_file(result.encoder)
+    moved = (before["layer4.0.conv1.weight"] - after["module.layer4.0.conv1.weight"]).abs().max()
+    assert 0 < moved < 0.01
+    with pytest.raises(UsageError, match="belongs to other settings"):
+        purify(small("run.resume=auto", "run.max_steps=1"))

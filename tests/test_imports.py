@@ -51,6 +51,8 @@ LAYERS = [
         "byol",
         "optim",
         "step",
+        "teacher_memory",
+        "first_weights",
     },
     {
         "planning",

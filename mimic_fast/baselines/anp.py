@@ -127,16 +127,14 @@ class Masks(nn.Module):
     """One mask a neuron, in one vector, over an encoder that stays as it is.
 
     Args:
-        encoder: Frozen, in eval mode.
+        encoder: In eval mode; none of its parameters wants a gradient.
         neurons: What is masked.
     """
 
     def __init__(self, encoder: Encoder, neurons: list[Neurons]) -> None:
         super().__init__()
-        self.neurons = neurons
+        self.encoder, self.neurons = encoder, neurons
         self._sizes = [layer.count for layer in neurons]
-        # Held as a value, not as a part: what is trained is the masks alone.
-        self._encoder = (encoder,)
         self._own = dict(encoder.named_parameters())
         self.values = nn.Parameter(encoder.mean.new_ones(sum(self._sizes)))
 
@@ -155,8 +153,7 @@ class Masks(nn.Module):
             for layer, xi in zip(self.neurons, noise[1].split(self._sizes), strict=True):
                 if layer.bias is not None:
                     replaced[layer.bias] = self._own[layer.bias] * (1 + xi)
-        (encoder,) = self._encoder
-        return functional_call(encoder, replaced, (images,)).float()
+        return functional_call(self.encoder, replaced, (images,)).float()
 
     def by_layer(self) -> dict[str, Tensor]:
         """The masks of every layer, without gradient."""

@@ -6,7 +6,8 @@ universal one within an L2 ball, then trains the weights to answer right in spit
 perturbation depends on the weights, their gradient has an implicit part, which a few terms of a
 Neumann series give: with the map Phi(delta, theta) = delta - a grad_delta inner,
 
-    v = sum_k (dPhi/ddelta)^T^k  d outer/d delta,    hypergradient = d outer/d theta + (dPhi/dtheta)^T v
+    v = sum_k ((dPhi/ddelta)^T)^k (d outer/d delta)
+    hypergradient = d outer/d theta + (dPhi/dtheta)^T v
 
 Without labels, right is what the suspect itself answers to the clean image: both losses are minus
 the cosine to its features, and clean images in the outer loss keep them. The suspect is at the very

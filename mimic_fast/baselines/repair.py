@@ -95,6 +95,10 @@ class Repair:
         """A copy of the suspect in float32 to be changed, in eval mode."""
         return copy.deepcopy(self.suspect.encoder).float().requires_grad_(True)
 
+    def steps(self, optim: OptimSettings) -> int:
+        """How many steps :func:`minimize` takes."""
+        return max(1, round(len(self.pool) / optim.batch_size * optim.epochs))
+
     def batch(self, step: int, optim: OptimSettings) -> Int64[Tensor, " batch"]:
         """Which clean images a step takes; every pass takes all of them once."""
         ids, _ = self._items(step, optim)
@@ -164,7 +168,12 @@ def open_repair(
         UsageError: If encoder, images or output are missing, or the batch exceeds the images.
         UnsafeInputError: If a file is damaged.
     """
-    suspect, device = open_suspect(settings, kind=kind, report=report)
+    if settings.encoder.teacher is None or settings.run.out is None:
+        raise UsageError(f"{kind} needs encoder.teacher and run.out")
+    device = device_of(settings.run)
+    suspect = load_encoder(settings.encoder.teacher, settings.encoder)
+    report_assumed(suspect, report)
+    suspect.encoder.to(device).requires_grad_(False).eval()
     images = clean_images(settings.data, suspect.encoder.spec, seed=settings.seed, report=report)
     pool = images.squares[: len(images.squares) - images.clean_set.hold_out]
     if batch_size is not None:
@@ -178,24 +187,6 @@ def open_repair(
         report=report,
         stop=stop,
     )
-
-
-def open_suspect(
-    settings: Settings, *, kind: str, report: Reporter
-) -> tuple[LoadedEncoder, torch.device]:
-    """Reads the suspect alone, frozen, in eval mode, on the device; for defenses without images.
-
-    Raises:
-        UsageError: If encoder or output are missing.
-        UnsafeInputError: If the file is damaged.
-    """
-    if settings.encoder.teacher is None or settings.run.out is None:
-        raise UsageError(f"{kind} needs encoder.teacher and run.out")
-    device = device_of(settings.run)
-    suspect = load_encoder(settings.encoder.teacher, settings.encoder)
-    report_assumed(suspect, report)
-    suspect.encoder.to(device).requires_grad_(False).eval()
-    return suspect, device
 
 
 def minimize(
@@ -226,9 +217,11 @@ def minimize(
         DivergedError: If a loss was not finite.
         NothingSavedError: If the repair was told to stop.
     """
+    if optim.channels_last:
+        trained.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = build_optimizer(trained, optim)
     per_epoch = len(repair.pool) / optim.batch_size
-    total = steps or max(1, round(per_epoch * optim.epochs))
+    total = repair.steps(optim) if steps is None else steps
     dtype = autocast_dtype(optim.precision)
     for step in range(total):
         repair.leave()

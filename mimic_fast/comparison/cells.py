@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mimic_fast.comparison.contents import Contents, clean_set_digest, contents
-from mimic_fast.comparison.defenses import options_of
+from mimic_fast.comparison.defenses import UNREAD, is_baseline, options_of
 from mimic_fast.comparison.settings import AS_IT_IS, DefenseSettings, MatrixSettings
 from mimic_fast.config import Frozen, Settings
 from mimic_fast.errors import UsageError
@@ -97,7 +97,7 @@ def cells_of(
                     "form": _FORM,
                     "attack": attacked,
                     "kind": defense.kind,
-                    "settings": _decisive(settings, content),
+                    "settings": _decisive(settings, content, kind=defense.kind),
                     "options": settings_record(options),
                     "evaluation_seed": matrix.evaluation_seed,
                 }
@@ -186,6 +186,8 @@ def _settings(matrix: MatrixSettings, attack: str, defense: str, seed: int, out:
                 f"defenses.{defense}.settings.encoder.{key} is the same for all cells of an "
                 "attack; set it in attacks.NAME.loading"
             )
+    if is_baseline(own.kind):
+        _refuse_unread(defense, own)
     evaluation = {
         **matrix.evaluation.model_dump(mode="json"),
         "attack": str(attack_path(attacked.attack_file)),
@@ -214,6 +216,19 @@ def _settings(matrix: MatrixSettings, attack: str, defense: str, seed: int, out:
         raise UsageError(f"defenses.{defense}: {error}") from None
 
 
+def _refuse_unread(name: str, defense: DefenseSettings) -> None:
+    """A baseline has options in place of the sections that it does not read."""
+    given = {**defense.settings, **({} if defense.preset is None else {"preset": ""})}
+    unread = [section for section in UNREAD if section in given]
+    if "crop_scale" in given.get("data", {}):
+        unread.append("data.crop_scale")
+    if unread:
+        raise UsageError(
+            f"defenses.{name}: kind {defense.kind!r} does not read {unread[0]}; set "
+            f"defenses.{name}.options"
+        )
+
+
 def _attack_identity(matrix: MatrixSettings, name: str) -> dict[str, Any]:
     attack = matrix.attacks[name]
     read = read_attack(attack.attack_file)
@@ -233,10 +248,14 @@ def _trigger_digest(trigger: Trigger) -> str:
     return hashlib.sha256(b"".join(trigger_parts(trigger))).hexdigest()
 
 
-def _decisive(settings: Settings, content: Contents) -> dict[str, Any]:
+def _decisive(settings: Settings, content: Contents, *, kind: str) -> dict[str, Any]:
     """The settings with data by content, and without what changes no figure."""
     record = settings_record(settings)
     record["encoder"].pop("teacher")  # its digest stands for it
+    if settings.student.checkpoint is not None:
+        record["student"]["checkpoint"] = sha256_file(settings.student.checkpoint)
+    for section in UNREAD if is_baseline(kind) or kind in AS_IT_IS else ():
+        record.pop(section)
     evaluation = {k: v for k, v in record["evaluation"].items() if k not in _INDIFFERENT}
     evaluation["downstream"] = [
         {

@@ -83,7 +83,23 @@ DEFENSES: dict[str, Callable[[Call], Path]] = {
 # function(settings, options, report=..., stop=...) gives the encoder's file below run.out.
 _BASELINES: dict[str, str] = {
     "fine_tuning": "FineTuningSettings",
+    "fine_pruning": "FinePruningSettings",
+    "nad": "NadSettings",
+    "clp": "ClpSettings",
+    "medic": "MedicSettings",
+    "bcu": "BcuSettings",
+    "receive": "ReceiveSettings",
+    "ssl_cleanse": "SslCleanseSettings",
 }
+
+
+# Sections of a purification's settings that a baseline does not read: its options have their like.
+UNREAD = ("preset", "student", "mi", "loss", "optim")
+
+
+def is_baseline(kind: str) -> bool:
+    """Whether it has options of its own in place of the sections ``UNREAD``."""
+    return kind in _BASELINES
 
 
 class NoOptions(Frozen):

@@ -1,7 +1,8 @@
-"""Student-only perturbation: rectangles of foreign content pasted into the student's view.
+"""Student-only perturbation: above all rectangles of foreign content in the student's view.
 
 The teacher sees the view as it was. What the student learns to imitate then cannot hang on a local
 pattern, such as a trigger patch, which a plain clone loss would teach it from clean images alone.
+Against triggers that lie over the whole image see ``harden_whole.py``.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 from mimic_fast.config import HardenSettings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.counter import uniforms
+from mimic_fast.data.harden_whole import blended, waved
 
 _STREAM = 1000  # apart from the views' streams
 _ASPECT = math.log(3.0)  # height / width between 1/3 and 3 where that fits, log-uniform
@@ -27,13 +29,13 @@ def hardened(
     seed: int,
     epoch: int | Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch channel height width"]:
-    """The views with rectangles pasted in; the input is not changed.
+    """The views blended, waved and with rectangles pasted in; the input is not changed.
 
     Args:
         views: First augmented views.
         ids: Item ids, which with seed and epoch decide everything random.
         pool: All training images, donors of the ``image`` kind.
-        settings: Probability, area, contents and number of rectangles.
+        settings: Probability; blend, waves; area, contents and number of rectangles.
         seed: Seed of the run.
         epoch: Pass over the data, of all items or of each.
     """
@@ -43,6 +45,11 @@ def hardened(
     rows = chosen.nonzero()[:, 0]
     epochs = epoch[rows] if isinstance(epoch, Tensor) else epoch
     result = views
+    key = {"settings": settings, "seed": seed, "epoch": epochs}
+    if settings.blend > 0:
+        result = result.index_copy(0, rows, blended(result[rows], ids[rows], pool, **key))
+    if settings.waves > 0:
+        result = result.index_copy(0, rows, waved(result[rows], ids[rows], **key))
     for index in range(settings.rectangles):
         u = uniforms(ids[rows], 10, seed=seed, epoch=epochs, stream=_STREAM + 2 * index)
         inside = _rectangles(u, views.shape[2], views.shape[3], settings.area)

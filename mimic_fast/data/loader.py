@@ -74,6 +74,9 @@ class Loader:
         image_size: Height and width of the views, pixels.
         processes: Where this process stands.
 
+    Attributes:
+        plain: Whether batches hold the whole images, for a teacher that looks at them.
+
     Raises:
         UsageError: If the backend asked for cannot run.
     """
@@ -88,6 +91,7 @@ class Loader:
     ) -> None:
         self._images, self._settings, self._size = images, settings, image_size
         self._processes = processes
+        self.plain = settings.loss.teacher_view == "plain"
         self._backend, _ = choose_backend(
             images, settings=settings, image_size=image_size, device=processes.device
         )
@@ -139,7 +143,7 @@ class Loader:
                 seed=self._settings.seed,
                 epoch=step.epochs,
             )
-        if loss.teacher_view == "plain":
+        if self.plain:
             plain = ops_views.plain(squares, step.ids, image_size=self._size)
         second = views[1] if len(views) > 1 else None
         return Batch(v1=views[0], v2=second, ids=step.ids, plain=plain, student=student)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mimic_fast.errors import UsageError
@@ -67,6 +67,11 @@ def knn_overlap(
         return float((named[0] & named[1]).sum(1).double().mean()) / _NEIGHBORS
 
     return _clipped(_jackknife(overlap, len(teacher)))
+
+
+def nearest_neighbors(features: Float[Tensor, "image feature"]) -> Bool[Tensor, "image image"]:
+    """Whether the column's image is one of the row's 10 nearest by cosine; at least 11 images."""
+    return _neighbor_flags(_cosines(features))
 
 
 def linear_cka(

@@ -34,11 +34,27 @@ class Critic(nn.Sequential):
         super().__init__(first, nn.ReLU(), second, nn.ReLU(), last)
 
 
+Bound = Callable[[Critic, Tensor, Tensor, torch.Generator], Tensor]
+
+
 def donsker_varadhan(
     joint: Float[Tensor, " pair"], shuffled: Float[Tensor, " shuffled_pair"]
 ) -> Float[Tensor, ""]:
     """The bound from the critic's values on true pairs and on shuffled ones, nats."""
     return joint.mean() - (shuffled.logsumexp(dim=0) - math.log(len(shuffled)))
+
+
+def dv_bound(
+    critic: Critic,
+    maps: Float[Tensor, "image value"],
+    features: Float[Tensor, "image feature"],
+    generator: torch.Generator,
+) -> Float[Tensor, ""]:
+    """The bound of one batch, whose features are shuffled by ``generator``."""
+    order = torch.randperm(len(features), generator=generator).to(features.device)
+    joint = critic(torch.cat([maps, features], dim=1))
+    shuffled = critic(torch.cat([maps, features[order]], dim=1))
+    return donsker_varadhan(joint[:, 0], shuffled[:, 0])
 
 
 def train_critic(
@@ -50,6 +66,7 @@ def train_critic(
     seed: int,
     device: torch.device,
     poll: Callable[[], None],
+    bound: Bound = dv_bound,
 ) -> Float64[Tensor, " last_epoch"]:
     """Trains one layer's critic and evaluates it after each of the last 10 epochs.
 
@@ -61,6 +78,7 @@ def train_critic(
         seed: Decides the result alone; the global random state is neither read nor changed.
         device: Where the critic is trained.
         poll: Called before every epoch; may raise.
+        bound: What a batch is trained for, and its value.
 
     Returns:
         Mean of the clamped batch values, nats, for each of the last epochs.
@@ -76,11 +94,11 @@ def train_critic(
         with torch.enable_grad():
             for x, r in data:
                 optimizer.zero_grad()
-                (-_bound(critic, x.to(device), r.to(device), generator)).backward()
+                (-bound(critic, x.to(device), r.to(device), generator)).backward()
                 optimizer.step()
         if epoch >= epochs - LAST_EPOCHS:
             with torch.no_grad():
-                bounds = [_bound(critic, x.to(device), r.to(device), generator) for x, r in data]
+                bounds = [bound(critic, x.to(device), r.to(device), generator) for x, r in data]
             values.append(torch.stack(bounds).double().clamp(min=0).mean().cpu())
     return torch.stack(values)
 
@@ -104,15 +122,6 @@ def dv_value(epochs: Float64[Tensor, " last_epoch"]) -> DvValue:
     if len(epochs) > 1:
         spread = student_quantile(len(epochs) - 1) * float(epochs.std())
     return DvValue(value=value, low=value - spread, high=value + spread)
-
-
-def _bound(
-    critic: Critic, maps: Tensor, features: Tensor, generator: torch.Generator
-) -> Float[Tensor, ""]:
-    order = torch.randperm(len(features), generator=generator).to(features.device)
-    joint = critic(torch.cat([maps, features], dim=1))
-    shuffled = critic(torch.cat([maps, features[order]], dim=1))
-    return donsker_varadhan(joint[:, 0], shuffled[:, 0])
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:

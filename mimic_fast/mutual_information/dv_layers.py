@@ -1,4 +1,4 @@
-"""The authors' estimator for all layers: one critic each, the layers dealt to processes.
+"""Trained critics, dv or infonce, for all layers: one each, the layers dealt to processes.
 
 A layer's result depends on its own seed alone, so it is the same whichever process trains it.
 """
@@ -11,14 +11,15 @@ from mimic_fast.config import MutualInformationSettings
 from mimic_fast.distributed import all_gather_rows
 from mimic_fast.encoders.taps import TappedEncoder
 from mimic_fast.mutual_information.activations import StepA, flattened_maps
-from mimic_fast.mutual_information.dv import LAST_EPOCHS, dv_value, train_critic
+from mimic_fast.mutual_information.dv import LAST_EPOCHS, dv_bound, dv_value, train_critic
+from mimic_fast.mutual_information.infonce import infonce_bound
 from mimic_fast.mutual_information.result import LayerEstimate
 from mimic_fast.progress import Event
 
 _SEED_STRIDE = 1_000_003  # keeps the layers' seeds apart from those of the next run seed
 
 
-def estimate_dv(
+def estimate_critics(
     tapped: TappedEncoder,
     images: UInt8[Tensor, "image channel side side"],
     settings: MutualInformationSettings,
@@ -27,7 +28,7 @@ def estimate_dv(
     seed: int,
     step: StepA,
 ) -> list[LayerEstimate]:
-    """Donsker-Varadhan value of every layer.
+    """Value of the bound that ``settings.estimator`` names, for every layer.
 
     Raises:
         StoppedError: If a process was told to stop; finished layers are kept.
@@ -43,7 +44,7 @@ def estimate_dv(
         else:
             _idle(len(images), settings, step)
         done = min(len(names), (turn + 1) * world)
-        step.report(Event(phase="dv", done=done, total=len(names), unit="layers"))
+        step.report(Event(phase=settings.estimator, done=done, total=len(names), unit="layers"))
     taps = torch.arange(rank, len(names), world)
     device = step.processes.device
     order = all_gather_rows(taps.to(device), step.processes).cpu().argsort()
@@ -60,7 +61,7 @@ def _layer_epochs(
     seed: int,
     step: StepA,
 ) -> Float64[Tensor, " epoch"]:
-    name = f"dv_{tap:03d}"
+    name = f"{settings.estimator}_{tap:03d}"
     found = step.parts.find(name, images)
     if found is not None:
         _idle(len(images), settings, step)
@@ -74,6 +75,7 @@ def _layer_epochs(
         seed=seed * _SEED_STRIDE + tap,
         device=step.processes.device,
         poll=step.poll,
+        bound=infonce_bound if settings.estimator == "infonce" else dv_bound,
     )
     step.parts.keep(name, images, {"epochs": epochs})
     return epochs

@@ -45,7 +45,8 @@ def mutual_information_figure(result: MutualInformation) -> "Figure":
     axes.set_ylabel("mutual information, nats")
     starred = any(layer.determines_features for layer in layers)
     if starred:
-        axes.set_xlabel("* determines the features: limited by the bins", size=9)
+        limit = "number of images" if result.bins is None else "bins"
+        axes.set_xlabel(f"* determines the features: limited by the {limit}", size=9)
     axes.set_title(f"{result.source}, {result.estimator}, {result.images} images", size=9)
     axes.grid(axis="y", alpha=0.3, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -65,24 +65,22 @@ def chance_information(
     """
     pairs, bins = x_margin.shape
     images = x_margin.sum(dim=1)
-    shape = (pairs, bins, bins)
-    triples = torch.stack(
-        [
-            images[:, None, None].expand(shape),
-            x_margin[:, :, None].expand(shape),
-            y_margin[:, None, :].expand(shape),
-        ],
-        dim=-1,
-    ).reshape(-1, 3)
-    distinct, which = torch.unique(triples.long(), dim=0, return_inverse=True)
-    means = torch.tensor(
-        [_mean_cell(n, a, b) for n, a, b in distinct.tolist()], dtype=torch.float64
-    )
-    cells = means[which].view(pairs, bins * bins).sum(dim=1)
+    totals, total = torch.unique(images, return_inverse=True)
+    base = max(totals.tolist(), default=0) + 1
+    # One integer for each cell's total and margins: sorting rows of three takes ten times as long.
+    rows_and_totals = total[:, None] * base + x_margin.long()
+    cells = rows_and_totals[:, :, None] * base + y_margin.long()[:, None, :]
+    distinct, which = torch.unique(cells.reshape(-1), return_inverse=True)
+    triples = [
+        (int(totals[cell // base**2]), cell // base % base, cell % base)
+        for cell in distinct.tolist()
+    ]
+    means = torch.tensor([_mean_cell(*triple) for triple in triples], dtype=torch.float64)
+    expected = means[which].view(pairs, bins * bins).sum(dim=1)
     rows = _c_log_c(x_margin).sum(dim=1)
     columns = _c_log_c(y_margin).sum(dim=1)
     count = images.clamp(min=1).double()
-    return count.log() + (cells - rows - columns) / count
+    return count.log() + (expected - rows - columns) / count
 
 
 def _mean_cell(images: int, a: int, b: int) -> float:

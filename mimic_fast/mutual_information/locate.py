@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from mimic_fast import ops
-from mimic_fast.config import Settings
+from mimic_fast.config import MutualInformationSettings, Settings
 from mimic_fast.data.augment import plain_view
 from mimic_fast.data.clean_set import clean_images, write_clean_set
 from mimic_fast.distributed import Processes, start
@@ -28,11 +28,12 @@ from mimic_fast.encoders.taps import TappedEncoder, default_taps, has_class_toke
 from mimic_fast.errors import UsageError
 from mimic_fast.files import write_atomic
 from mimic_fast.mutual_information.activations import StepA, pooled_activations
-from mimic_fast.mutual_information.dv_layers import estimate_dv
+from mimic_fast.mutual_information.dv_layers import estimate_critics
 from mimic_fast.mutual_information.estimate import estimate_histogram
 from mimic_fast.mutual_information.figure import mutual_information_figure
 from mimic_fast.mutual_information.finished_parts import FinishedParts, encoder_origin
 from mimic_fast.mutual_information.histogram import choose_bins
+from mimic_fast.mutual_information.ksg_layers import check_images, estimate_ksg
 from mimic_fast.mutual_information.result import (
     LayerEstimate,
     LayerInformation,
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 _SELF_TEST_IMAGES = 16
+_CRITICS = ("dv", "infonce")  # trained on whole maps
 
 
 def locate(
@@ -142,21 +144,22 @@ def locate_layers(
     """
     began = time.perf_counter()
     mi = settings.mi
-    _warn_of_ignored_pool(tapped, settings)
+    _warn_of_ignored(tapped, settings)
     estimates: list[LayerEstimate]
-    if mi.estimator == "dv":
-        origin = {"seed": settings.seed, "dv": [mi.dv_epochs, mi.dv_batch, mi.chunk]}
+    if mi.estimator in _CRITICS:
+        origin = {"seed": settings.seed, mi.estimator: [mi.dv_epochs, mi.dv_batch, mi.chunk]}
         step = _step(tapped, origin, processes, state_dir, report, stop)
-        estimates = estimate_dv(
+        estimates = estimate_critics(
             tapped, images, mi, names=tuple(names), seed=settings.seed, step=step
         )
     else:
-        choose_bins(mi.bins, len(images) // 2, force=mi.force)  # before hours of forward passes
+        _check_images(mi, len(images))  # before hours of forward passes
         step = _step(tapped, {"pool": mi.pool}, processes, state_dir, report, stop)
         features, layers = pooled_activations(
             tapped, images, chunk=mi.chunk, pool=mi.pool, step=step
         )
-        estimates = estimate_histogram(
+        estimate = estimate_ksg if mi.estimator == "ksg" else estimate_histogram
+        estimates = estimate(
             layers,
             features,
             mi,
@@ -166,7 +169,7 @@ def locate_layers(
             report=report,
         )
     return MutualInformation(
-        estimator=mi.estimator,
+        estimator=_estimator_name(mi),
         source=mi.source,
         images=len(images),
         bins=estimates[0].bins,
@@ -213,11 +216,31 @@ def _tapped_pair(
     }
 
 
-def _warn_of_ignored_pool(tapped: TappedEncoder, settings: Settings) -> None:
+def _estimator_name(mi: MutualInformationSettings) -> str:
+    """What the numbers were estimated by, as results and pictures say it."""
+    form = {"canonical": "", "cross": ", cross pairs", "sliced": ", sliced"}[mi.pairs]
+    return mi.estimator + form if mi.estimator == "histogram" else mi.estimator
+
+
+def _check_images(mi: MutualInformationSettings, images: int) -> None:
+    if mi.estimator == "ksg":
+        check_images(images)
+    else:
+        choose_bins(mi.bins, images // 2, force=mi.force)
+
+
+def _warn_of_ignored(tapped: TappedEncoder, settings: Settings) -> None:
+    estimator = settings.mi.estimator
+    if settings.mi.pairs != "canonical" and estimator != "histogram":
+        warnings.warn(
+            f"mi.pairs is ignored: the {estimator} estimator pairs no directions", stacklevel=3
+        )
     if settings.mi.pool == "mean":
         return
-    if settings.mi.estimator == "dv":
-        warnings.warn("mi.pool is ignored: the dv estimator takes whole maps", stacklevel=3)
+    if estimator in _CRITICS:
+        warnings.warn(
+            f"mi.pool is ignored: the {estimator} estimator takes whole maps", stacklevel=3
+        )
     elif not has_class_token(tapped.encoder):
         architecture = tapped.encoder.spec.architecture
         warnings.warn(

@@ -14,11 +14,12 @@ class LayerEstimate:
         low: Lower end of the 95 % interval around ``raw``; may be below 0.
         high: Upper end.
         noise_floor: What the same estimate stays below on shuffled pairings in 95 of 100 cases;
-            None where it is not measured (dv).
-        pairs: Canonical pairs measured; None where there are none (dv).
-        bins: Bins per axis; None where there are none (dv).
-        determines_features: Most pairs have a correlation above .99 and are capped at log K: the
-            features can be computed from this layer, and its information is unbounded.
+            None where it is not measured (dv, infonce).
+        pairs: Pairs of directions measured; None where there are none (dv, infonce).
+        bins: Bins per axis; None where there are none (dv, infonce, ksg).
+        determines_features: Most pairs have a correlation above .99 and are capped at log K (of
+            crossed ones, one pair for most directions): the features can be computed from this
+            layer, and its information is unbounded. Slices do not show it.
     """
 
     tap: str
@@ -51,11 +52,12 @@ class MutualInformation:
     """Step A's result.
 
     Args:
-        estimator: 'histogram' or 'dv'. No number here means anything without it: a deterministic
+        estimator: 'histogram', 'histogram, cross pairs', 'histogram, sliced', 'dv', 'infonce' or
+            'ksg'. No number here means anything without it: a deterministic
             network's true mutual information is infinite.
         source: Whose activations were measured, 'teacher' or 'student'.
         images: Clean images used.
-        bins: Bins per axis; None for dv.
+        bins: Bins per axis; None where there are none.
         layers: One entry per tap, shallow to deep.
         seconds: Wall time of step A.
     """

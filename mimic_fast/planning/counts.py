@@ -17,6 +17,7 @@ from mimic_fast.planning.fake_step import FakeStep, meta_networks
 from mimic_fast.planning.flops import Flops, counted_flops
 from mimic_fast.planning.live import LiveBytes, Trace
 from mimic_fast.planning.stand_in import losses_on
+from mimic_fast.teacher_memory import why_not
 
 _WARM, _FEW, _MORE = 3, 2, 4  # images of the steps that are run
 _PAIRED = 64  # images of the contrastive loss that is run
@@ -187,9 +188,8 @@ def _views(step: FakeStep) -> int:
 
 def _made_ahead(spec: EncoderSpec, settings: Settings) -> int:
     loss = settings.loss
-    views = (
-        1 + (loss.contrastive > 0) + (loss.teacher_view == "plain") + (loss.harden.probability > 0)
-    )
+    plain = loss.teacher_view == "plain" and why_not(settings, images=0, values=0) is not None
+    views = 1 + (loss.contrastive > 0) + plain + (loss.harden.probability > 0)
     return views * spec.in_channels * spec.image_size**2 * torch.float32.itemsize
 
 

@@ -1,7 +1,7 @@
 """The training step on fake tensors: teacher, student, losses, backward and optimizer of a run."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from mimic_fast.distributed import SINGLE
 from mimic_fast.encoders.blocks import checkpoint_blocks
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
 from mimic_fast.engines.update import update_locally
+from mimic_fast.layer_losses import TeacherOutputs, teacher_outputs
 from mimic_fast.optim import (
     averaged_state,
     build_optimizer,
@@ -20,8 +21,9 @@ from mimic_fast.optim import (
     update_average,
 )
 from mimic_fast.planning.fake import made_fake, meta_encoder
-from mimic_fast.precision import LossScale, autocast_dtype
+from mimic_fast.precision import LossScale, autocast, autocast_dtype
 from mimic_fast.step import Student, step_losses
+from mimic_fast.teacher_memory import why_not
 
 
 def meta_networks(spec: EncoderSpec, settings: Settings) -> tuple[Student, TappedEncoder]:
@@ -84,6 +86,7 @@ class FakeStep:
         start_momentum(self.optimizer)
         self.average = averaged_state(self.student) if optim.ema else None
         self._scale = LossScale(SINGLE.device) if optim.precision == "fp16" else None
+        self._said = self._said_of_one()
 
     def held(self) -> Iterable[Tensor]:
         """Everything that outlives a step, gradients aside."""
@@ -116,6 +119,7 @@ class FakeStep:
             settings=self.settings,
             processes=SINGLE,
             pull=(torch.empty(images, width), torch.empty(images, width)) if pulled else None,
+            known=self._known(images),
         )
         # The loop holds on to its batch until the next one.
         self._views = views
@@ -143,7 +147,8 @@ class FakeStep:
         """
         loss, last = self.settings.loss, self.settings.optim.channels_last
         wide, rearranged = self.dtype != torch.float32, last and self.spec.in_channels > 1
-        plain, hardened = loss.teacher_view == "plain", loss.harden.probability > 0
+        plain = loss.teacher_view == "plain" and self._said is None
+        hardened = loss.harden.probability > 0
         first = self._image(images)
         beside: list[Tensor] = []
 
@@ -154,13 +159,32 @@ class FakeStep:
                 return self._image(images, self.dtype)
             return view
 
-        teacher, student = seen(plain), seen(hardened)
+        student = seen(hardened)
+        teacher = student if self._said is not None else seen(plain)
         second = None
         if loss.contrastive > 0:
             second = self._image(images, self.dtype)
             beside += [self._image(images)] if wide and not self._on_gpu else []
         beside += [] if self._on_gpu else [first]
         return Views(teacher=teacher, student=student, second=second, beside=beside)
+
+    def _said_of_one(self) -> TeacherOutputs | None:
+        """Where the teacher's answers are kept, those to one image; the run has them before it."""
+        if why_not(self.settings, images=0, values=0) is not None:
+            return None
+        view, weights = self._image(1, self.dtype), self.layer_weights
+        with autocast(self.student.autocast, view.device):
+            return teacher_outputs(self.teacher, view, weights, settings=self.settings.loss)
+
+    def _known(self, images: int) -> TeacherOutputs | None:
+        said = self._said
+        if said is None:
+            return None
+        return replace(
+            said,
+            features=said.features.new_empty(images, said.features.shape[1]),
+            power=tuple(None if p is None else p.new_empty(images, p.shape[1]) for p in said.power),
+        )
 
     def _image(self, images: int, dtype: torch.dtype = torch.float32) -> Tensor:
         size = self.spec.image_size

@@ -118,7 +118,14 @@ def measure(
     strong = [strongest(found, "patch"), strongest(found, "spectral")]
     scores: list[Score] = []
     triggers: list[Recovered] = []
-    for form, starts in ((PATCH, _patch_starts(work, found)), (ADDITIVE, _noise_starts(work))):
+    patches = patch_starts(
+        found,
+        image_size=encoder.spec.image_size,
+        channels=encoder.spec.in_channels,
+        count=settings.patch_starts,
+        seed=settings.seed,
+    )
+    for form, starts in ((PATCH, patches), (ADDITIVE, _noise_starts(work))):
         for recovered in _smallest(work, form, starts):
             triggers.append(recovered)
             scores.append(_size_score(form, recovered))
@@ -160,23 +167,30 @@ def _probe(work: Work) -> list[Answer]:
     return found
 
 
-def _patch_starts(work: Work, found: Sequence[Answer]) -> list[list[Tensor]]:
-    """The best probes, each of another content or place, and grey squares spread evenly."""
-    settings, spec = work.settings, work.encoder.spec
-    draw = torch.Generator().manual_seed(settings.seed)
+def patch_starts(
+    found: Sequence[Answer], *, image_size: int, channels: int, count: int, seed: int
+) -> list[list[Tensor]]:
+    """The best probes, each of another content or place, and grey squares spread evenly.
+
+    Args:
+        found: Answers to patch probes, in any order; others are left out.
+        image_size: Pixels a side.
+        channels: Of the image.
+        count: Starts in all; half of them, rounded down, from probes.
+        seed: Draws the roughness.
+
+    Returns:
+        Parameters of the form ``PATCH``.
+    """
+    draw = torch.Generator().manual_seed(seed)
     patches = [answer for answer in found if answer.probe.kind == "patch"]
     patches.sort(key=lambda answer: -answer.concentration)
-    from_probes = settings.patch_starts // 2
-    starts = [from_probe(answer.probe, draw) for answer in patches[:from_probes]]
-    for number in range(settings.patch_starts - len(starts)):
+    starts = [from_probe(answer.probe, draw) for answer in patches[: count // 2]]
+    for number in range(count - len(starts)):
         top, left = ((0.5 + number * step) % 1.0 for step in _GOLDEN)
         starts.append(
             grey_square(
-                image_size=spec.image_size,
-                channels=spec.in_channels,
-                top=top,
-                left=left,
-                generator=draw,
+                image_size=image_size, channels=channels, top=top, left=left, generator=draw
             )
         )
     return starts

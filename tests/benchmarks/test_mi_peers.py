@@ -1,5 +1,6 @@
 """All that bench_mi.py times finds the same information, and who does not is found out."""
 
+import mmap
 from functools import partial
 
 import numpy as np
@@ -69,9 +70,13 @@ def test_one_hot_product_finds_the_information_of_the_reference():
 def test_growth_of_memory_is_what_a_call_touches():
     size = 32 << 20
 
-    grown = peak_growth(lambda: torch.ones(size, dtype=torch.uint8))
+    def touch() -> None:
+        # New pages from the system: an allocator may have kept some that earlier tests freed.
+        np.frombuffer(mmap.mmap(-1, size), np.uint8).fill(1)
+
+    grown = peak_growth(touch)
 
     if grown is None:
         pytest.skip("memory is read from /proc")
-    assert size <= grown < 1.25 * size
+    assert 0.99 * size <= grown < 1.25 * size  # pages that were freed meanwhile count against it
     assert (peak_growth(lambda: None) or 0) < size / 8

@@ -1,5 +1,7 @@
 """Options of a defense: its own settings, checked before anything runs."""
 
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from mimic_fast.comparison.run import compare
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import record_targets
+from mimic_fast.recipe import PRESETS
 
 # As a baseline is written: a settings class and a function of the module's name.
 SHRUNK = '''
@@ -65,6 +68,17 @@ def test_a_kind_without_options_refuses_them(kind):
         options_of(kind, {"rate": 1})
 
 
+@pytest.mark.parametrize("kind", _BASELINES)
+def test_every_baseline_has_a_function_and_settings_with_defaults(kind):
+    function = getattr(import_module(f"mimic_fast.baselines.{kind}"), kind)
+
+    assert list(signature(function).parameters) == ["settings", "options", "report", "stop"]
+    assert options_of(kind, {}).model_dump(mode="json")
+    assert callable(defense_of(kind))
+    with pytest.raises(UsageError, match="unknown setting 'magic'"):
+        options_of(kind, {"magic": 1})
+
+
 def test_options_are_refused_before_anything_runs(matrix, tmp_path):
     wrong = {"x": {"kind": "none", "options": {"rate": 1}}}
     with pytest.raises(UsageError, match=r"defenses.x: .*takes no options"):
@@ -84,6 +98,37 @@ def test_options_name_the_cell_with_their_defaults_filled_in(shrunk, ready, matr
 
     assert digest() == digest(factor=0.5)
     assert digest() != digest(factor=0.25)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"preset": "mimic"},
+        {"settings": {"optim": {"epochs": 3}}},
+        {"settings": {"loss": {"clone": 2}}},
+        {"settings": {"data": {"crop_scale": [0.5, 1]}}},
+    ],
+    ids=["preset", "optim", "loss", "data.crop_scale"],
+)
+def test_what_a_baseline_does_not_read_is_refused(shrunk, ready, matrix, tmp_path, given, request):
+    settings = matrix(defenses={"x": {"kind": "shrunk", **given}})
+    name = request.node.callspec.id
+    with pytest.raises(UsageError, match=rf"defenses.x: kind 'shrunk' does not read {name}; "):
+        list(cells_of(settings, tmp_path))
+
+
+def test_a_new_default_of_what_a_baseline_does_not_read_leaves_its_cells(
+    shrunk, ready, matrix, tmp_path, monkeypatch
+):
+    def digests(kind: str) -> str:
+        return next(iter(cells_of(matrix(defenses={"x": {"kind": kind}}), tmp_path))).digest
+
+    before = {kind: digests(kind) for kind in ("shrunk", "none", "purify")}
+    monkeypatch.setitem(PRESETS["hardened"], "optim", {"epochs": 7})
+
+    assert digests("shrunk") == before["shrunk"]
+    assert digests("none") == before["none"]
+    assert digests("purify") != before["purify"]
 
 
 def test_a_baseline_gets_its_options(shrunk, ready, matrix, tmp_path):

@@ -71,7 +71,7 @@ def test_torchvision_resnet_is_recognised_as_timms():
         VIT | {"mlp_ratio": 2.0, "qkv_bias": False},
         VIT | {"init_values": 1e-5},
     ],
-    ids=lambda arguments: "-".join(arguments.keys() - VIT.keys()) or "plain",
+    ids=lambda arguments: "-".join(sorted(arguments.keys() - VIT.keys())) or "plain",
 )
 def test_vit_is_recognised_from_its_weights(arguments):
     found = recognise_spec(weights_of("timm:vit_tiny_patch16_224", arguments), NOTHING, None)

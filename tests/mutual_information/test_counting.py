@@ -1,14 +1,19 @@
 import torch
 
 from mimic_fast.distributed import SINGLE
-from mimic_fast.mutual_information.counting import count_pairs, jackknife_group
+from mimic_fast.mutual_information.counting import bin_codes, count_matched, jackknife_group
 from mimic_fast.ops import equal_mass_codes
+
+
+def count_pairs(x, y, *, bins, **settings):
+    codes = bin_codes((x, y), bins=bins, processes=SINGLE)
+    return count_matched(*codes, bins=bins, processes=SINGLE, **settings)
 
 
 def test_counts_are_those_of_the_codes_apart_for_every_group():
     x, y = torch.rand(2, 3, 47)
 
-    counts = count_pairs((x, y), bins=4, num_groups=5, shuffles=2, processes=SINGLE)
+    counts = count_pairs(x, y, bins=4, num_groups=5, shuffles=2)
 
     group = jackknife_group(47, num_groups=5)
     expected = torch.zeros(5, 3, 4, 4, dtype=torch.int32)
@@ -22,7 +27,7 @@ def test_counts_are_those_of_the_codes_apart_for_every_group():
 def test_shuffled_pairings_keep_both_margins_and_no_pair():
     x = torch.arange(64.0)[None]
 
-    counts = count_pairs((x, x), bins=8, num_groups=2, shuffles=9, processes=SINGLE)
+    counts = count_pairs(x, x, bins=8, num_groups=2, shuffles=9)
 
     assert counts.shuffled.shape == (9, 1, 8, 8)
     assert bool((counts.shuffled.sum(dim=2) == 8).all())
@@ -36,7 +41,7 @@ def test_shuffled_pairings_keep_both_margins_and_no_pair():
 def test_no_pairs_give_empty_counts():
     none = torch.empty(0, 40)
 
-    counts = count_pairs((none, none), bins=4, num_groups=5, shuffles=2, processes=SINGLE)
+    counts = count_pairs(none, none, bins=4, num_groups=5, shuffles=2)
 
     assert counts.groups.shape == (5, 0, 4, 4)
     assert counts.shuffled.shape == (2, 0, 4, 4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mimic_fast.encoders.export import export_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
 from mimic_fast.errors import MachineError, SelfTestError, StoppedError, UsageError
 from mimic_fast.mutual_information.estimate import estimate_histogram
+from mimic_fast.mutual_information.ksg_layers import estimate_ksg
 from mimic_fast.mutual_information.locate import (
     MutualInformation,
     locate,
@@ -35,6 +37,12 @@ QUICK = Settings.model_validate({"mi": {"chunk": 16}})
 DV = Settings.model_validate(
     {"mi": {"estimator": "dv", "dv_epochs": 12, "dv_batch": 32, "chunk": 16}}
 )
+INFONCE = Settings.model_validate(
+    {"mi": {"estimator": "infonce", "dv_epochs": 2, "dv_batch": 8, "chunk": 16}}
+)
+KSG = Settings.model_validate({"mi": {"estimator": "ksg", "shuffles": 2, "chunk": 16}})
+CROSS = Settings.model_validate({"mi": {"pairs": "cross", "components": 8, "chunk": 16}})
+SLICED = Settings.model_validate({"mi": {"pairs": "sliced", "slices": 40, "chunk": 16}})
 CLASS_TOKEN = {"pool": "class_token"}
 
 
@@ -81,6 +89,30 @@ def test_dv_gives_every_layer_a_finite_weight(tapped, pictures):
     assert "noise_floor" not in body["layers"][0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (CROSS, "histogram, cross pairs"),
+        (SLICED, "histogram, sliced"),
+        (KSG, "ksg"),
+        (INFONCE, "infonce"),
+    ],
+    ids=["cross", "sliced", "ksg", "infonce"],
+)
+def test_every_estimator_weighs_every_tap_and_is_named(tapped, pictures, settings, name):
+    encoder = tapped("resnet")
+
+    found = run(encoder, pictures(80), settings)
+
+    assert found.estimator == name
+    assert [layer.tap for layer in found.layers] == list(encoder.taps)
+    assert all(layer.low <= layer.raw <= layer.high for layer in found.layers)
+    assert math.fsum(layer.share for layer in found.layers) == pytest.approx(1)
+    assert mutual_information_json(found)["estimator"] == name
+    if name == "infonce":
+        assert all(layer.value <= math.log(8) + 1e-6 for layer in found.layers)
+
+
 def test_too_few_images_are_refused_before_any_forward_pass(tapped, pictures):
     encoder = tapped("resnet")
     forwards = []
@@ -88,6 +120,8 @@ def test_too_few_images_are_refused_before_any_forward_pass(tapped, pictures):
 
     with pytest.raises(SelfTestError, match="needs 72 clean images"):
         run(encoder, pictures(70))
+    with pytest.raises(SelfTestError, match="'ksg' needs 8 clean images"):
+        run(encoder, pictures(7), KSG)
 
     assert not forwards
 
@@ -103,7 +137,9 @@ def test_weights_that_are_not_finite_name_the_first_layer_they_reach(tapped, pic
 
 
 @pytest.mark.parametrize(
-    ("settings", "polls_before_stop"), [(QUICK, 3), (DV, 20)], ids=["histogram", "dv"]
+    ("settings", "polls_before_stop"),
+    [(QUICK, 3), (DV, 20)],
+    ids=["histogram", "dv"],
 )
 def test_a_stopped_step_a_goes_on_to_the_same_bits(
     tapped, pictures, tmp_path, settings, polls_before_stop
@@ -151,7 +187,11 @@ def located(images: Tensor, spec: dict[str, Any], here: Processes) -> list[dict[
     encoder = build_encoder(EncoderSpec.model_validate(spec), seed=3)
     tapped = TappedEncoder(encoder, default_taps(encoder))
     # 7 chunks of 16 images and three taps: not the same share for every process
-    found = [run(tapped, images, processes=here), run(tapped, images[:40], DV, processes=here)]
+    found = [
+        run(tapped, images, processes=here),
+        run(tapped, images[:40], DV, processes=here),
+        run(tapped, images[:40], INFONCE, processes=here),
+    ]
     # a layer of ties, and one without any direction
     layers = [images[:, 0, :2, 0].float() // 64, torch.zeros(len(images), 3)]
     odd = estimate_histogram(
@@ -162,7 +202,22 @@ def located(images: Tensor, spec: dict[str, Any], here: Processes) -> list[dict[
         seed=0,
         processes=here,
     )
-    return [*map(mutual_information_json, found), *map(asdict, odd)]
+    others = [
+        estimate(
+            layers,
+            images[:, 0, 0, :5].float(),
+            s.mi,
+            names=["tied", "dead"],
+            seed=0,
+            processes=here,
+        )
+        for estimate, s in (
+            (estimate_histogram, CROSS),
+            (estimate_histogram, SLICED),
+            (estimate_ksg, KSG),
+        )
+    ]
+    return [*map(mutual_information_json, found), *map(asdict, [*odd, *chain(*others)])]
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -320,8 +375,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("settings", "why"),
-    [(QUICK, "resnet18 has none, maps are averaged"), (DV, "the dv estimator takes whole maps")],
-    ids=["resnet", "dv"],
+    [
+        (QUICK, "resnet18 has none, maps are averaged"),
+        (DV, "the dv estimator takes whole maps"),
+        (INFONCE, "the infonce estimator takes whole maps"),
+    ],
+    ids=["resnet", "dv", "infonce"],
 )
 def test_pool_that_is_ignored_is_named(tapped, pictures, settings, why):
     wish = settings.model_copy(update={"mi": settings.mi.model_copy(update=CLASS_TOKEN)})
@@ -347,3 +406,13 @@ def test_what_was_assumed_of_the_encoder_is_said(command, tapped, tmp_path):
     assert assumed == [
         "assumed of plain.pth: mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]; see encoder.*"
     ]
+
+
+@pytest.mark.parametrize("settings", [KSG, DV], ids=["ksg", "dv"])
+def test_pairs_that_are_ignored_are_named(tapped, pictures, settings):
+    wish = settings.model_copy(update={"mi": settings.mi.model_copy(update={"pairs": "cross"})})
+
+    with pytest.warns(UserWarning, match=r"mi\.pairs is ignored: the (ksg|dv) estimator"):
+        found = run(tapped("resnet"), pictures(40), wish)
+
+    assert found == run(tapped("resnet"), pictures(40), settings)

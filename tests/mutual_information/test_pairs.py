@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from mimic_fast.distributed import SINGLE
-from mimic_fast.mutual_information.counting import count_pairs, jackknife_group
+from mimic_fast.mutual_information.counting import bin_codes, count_matched, jackknife_group
 from mimic_fast.mutual_information.gaussian_table import gaussian_table, normal_scores
 from mimic_fast.mutual_information.pairs import (
     pair_information,
@@ -14,9 +14,14 @@ from mimic_fast.mutual_information.pairs import (
 )
 
 
+def count_pairs(x, y, *, bins, **settings):
+    codes = bin_codes((x, y), bins=bins, processes=SINGLE)
+    return count_matched(*codes, bins=bins, processes=SINGLE, **settings)
+
+
 def information(x, y, *, bins, num_groups=20):
     images = x.shape[1]
-    counts = count_pairs((x, y), bins=bins, num_groups=num_groups, shuffles=2, processes=SINGLE)
+    counts = count_pairs(x, y, bins=bins, num_groups=num_groups, shuffles=2)
     groups = jackknife_group(images, num_groups=num_groups)
     r = score_correlations(x, y, groups, num_groups=num_groups)
     return pair_information(counts.groups, r, gaussian_table(bins, images)), r
@@ -90,7 +95,7 @@ def test_two_values_hold_one_bit_however_strongly_they_agree():
 
 def test_shuffled_pairings_of_dependent_pairs_show_nothing():
     x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
-    counts = count_pairs((x, x), bins=16, num_groups=2, shuffles=40, processes=SINGLE)
+    counts = count_pairs(x, x, bins=16, num_groups=2, shuffles=40)
 
     nats = shuffled_information(counts.shuffled)
 

