@@ -74,9 +74,11 @@ def sleeping(settings_of):
         torch.manual_seed(0)
         encoder = Encoder(repair.suspect.encoder.spec, Two(), feature_dim=12)
     encoder(repair.images)
-    net = encoder.eval().requires_grad_(False).backbone
-    net.bn1.bias[SLEEPER] = -3.5  # deviations; noise of 0.4 wakes it at 1.5 of them
-    net.conv2.weight[:, SLEEPER] = 6 * torch.randn(12, 3, 3, generator=generator())
+    encoder.eval().requires_grad_(False)
+    # in deviations; noise of 0.4 wakes it at 1.5 of them
+    encoder.get_parameter("backbone.bn1.bias")[SLEEPER] = -3.5
+    louder = 6 * torch.randn(12, 3, 3, generator=generator())
+    encoder.get_parameter("backbone.conv2.weight")[:, SLEEPER] = louder
     return replace(repair, suspect=replace(repair.suspect, encoder=encoder))
 
 
@@ -85,22 +87,26 @@ def opened(settings):
 
 
 def noisy_loss(encoder, images, goal):
-    noise = worst_noise(masks_of(encoder), images, goal, options=SHORT, generator=generator())
-    return ops.clone_loss(masks_of(encoder)(images, noise), goal).item()
+    """Worst of several draws: a start at which the channel is silent has no slope to wake it."""
+    masks, draws, losses = masks_of(encoder), generator(), []
+    for _ in range(10):
+        noise = worst_noise(masks, images, goal, options=SHORT, generator=draws)
+        losses.append(ops.clone_loss(masks(images, noise), goal).item())
+    return max(losses)
 
 
 def test_the_sleeping_channel_is_pruned_and_no_other(sleeping):
     suspect, encoder, images = sleeping.suspect.encoder, sleeping.copy(), sleeping.images
     masks, goal = masks_of(encoder), suspect(images)
-    optim = OPTIM.model_copy(update={"lr": 1.0})
+    optim = OPTIM.model_copy(update={"lr": 0.5})
 
-    train_masks(sleeping, masks, SHORT.model_copy(update={"iterations": 50, "optim": optim}))
-    pruned = prune(encoder, masks, threshold=0.7)
+    train_masks(sleeping, masks, SHORT.model_copy(update={"iterations": 40, "optim": optim}))
+    pruned = prune(encoder, masks, threshold=AnpSettings().threshold)
 
     assert pruned == {"backbone.bn1": [SLEEPER]}
     assert ops.clone_loss(encoder(images), goal) < -0.999
     before, after = (noisy_loss(one, images, goal) for one in (suspect, encoder))
-    assert after < before - 0.02
+    assert after < before - 0.01
 
 
 def test_the_card_says_what_was_pruned_and_nothing_else_changed(settings_of, suspect):
@@ -135,6 +141,7 @@ def test_masks_and_noise_are_those_of_the_formula(suspect, kind):
             wanted = nn.BatchNorm2d if kind == "cnn" else (nn.Linear, nn.Conv2d)
             if not isinstance(module, wanted):
                 continue
+            assert module.bias is not None
             for channel in range(len(module.weight)):
                 module.weight[channel] *= masks.values[place] + noise[0, place]
                 module.bias[channel] *= 1 + noise[1, place]
@@ -153,6 +160,7 @@ def test_open_masks_are_the_encoder_itself_and_lie_at_the_minimum_of_the_loss(su
 
     torch.testing.assert_close(features, encoder(images))
     torch.testing.assert_close(loss.item(), -1.0)
+    assert masks.values.grad is not None
     assert masks.values.grad.abs().max() < 1e-4
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
@@ -219,7 +227,7 @@ def test_iterations_or_epochs_give_the_number_of_updates(settings_of):
 def test_only_masks_below_the_threshold_are_pruned_and_biases_stay(suspect):
     encoder = load_encoder(suspect).encoder
     with torch.no_grad():
-        encoder.backbone.bn1.bias.fill_(0.7)
+        encoder.get_parameter("backbone.bn1.bias").fill_(0.7)
     masks = masks_of(encoder)
     with torch.no_grad():
         masks.values[:3] = torch.tensor([0.1, 0.25, 0.2])
@@ -227,8 +235,8 @@ def test_only_masks_below_the_threshold_are_pruned_and_biases_stay(suspect):
     pruned = prune(encoder, masks, threshold=0.25)
 
     assert pruned == {"backbone.bn1": [0, 2]}
-    assert encoder.backbone.bn1.weight.tolist() == [0, 1, 0] + [1] * 61
-    assert (encoder.backbone.bn1.bias == 0.7).all()
+    assert encoder.get_parameter("backbone.bn1.weight").tolist() == [0, 1, 0] + [1] * 61
+    assert encoder.get_parameter("backbone.bn1.bias").eq(0.7).all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -256,7 +264,7 @@ def test_losses_that_are_not_finite_end_it(settings_of):
     repair = opened(settings_of())
     encoder = repair.copy().requires_grad_(False)
     with torch.no_grad():
-        encoder.backbone.bn1.weight.fill_(torch.nan)
+        encoder.get_parameter("backbone.bn1.weight").fill_(torch.nan)
 
     with pytest.raises(DivergedError, match="anp diverged at step 1"):
         train_masks(repair, masks_of(encoder), SHORT)
