@@ -64,7 +64,9 @@ class IBauSettings(RepairSettings):
         default=50, ge=1, description="batches that each round's perturbation is found on"
     )
     penalty: float = Field(
-        default=0.001, ge=0, description="weight of the squared norm in the inner loss"
+        default=0.001,
+        ge=0,
+        description="weight of the squared norm in the inner loss, for 32x32 images too",
     )
     terms: int = Field(default=5, ge=1, description="terms of the Neumann series")
     inner_lr: float = Field(default=0.1, gt=0, description="a, the step of the map Phi")
@@ -109,6 +111,7 @@ def unlearn(repair: Repair, encoder: Encoder, options: IBauSettings) -> list[flo
     goals = encode(repair.suspect.encoder, repair.images).to(repair.device)
     per_round = len(repair.pool) / optim.batch_size
     perturbed = max(1, round(options.share * optim.batch_size))
+    _, penalty = ball(repair, options)
     found: list[float] = []
     delta = encoder.mean.new_zeros(())
 
@@ -124,7 +127,7 @@ def unlearn(repair: Repair, encoder: Encoder, options: IBauSettings) -> list[flo
         moved = cosines(encoder, images[:perturbed] + delta, goal[:perturbed])
         share = perturbed / len(ids)
         terms = {"perturbed": -share * moved.mean()}
-        inner = moved.mean() + options.penalty * delta.square().sum()
+        inner = moved.mean() + penalty * delta.square().sum()
         terms["implicit"] = implicit_term(
             terms["perturbed"], inner, delta, lr=options.inner_lr, terms=options.terms
         )
@@ -160,7 +163,7 @@ def universal_perturbation(
         The perturbation, which wants a gradient, and the mean cosine that it left.
     """
     steps, optim = options.ascent_steps, options.optim
-    radius = options.radius * repair.image_size / PIXELS
+    radius, penalty = ball(repair, options)
     stride = 2.5 * radius / steps  # as usual for steps of one length: enough to cross the ball
     generator = torch.Generator().manual_seed(repair.settings.seed + number)
     start = torch.randn(repair.images.shape[1:], generator=generator).to(repair.device)
@@ -172,13 +175,19 @@ def universal_perturbation(
         ids = repair.batch(number * steps + step, optim)
         with autocast(autocast_dtype(optim.precision), repair.device):
             cosine = cosines(encoder, repair.images[ids] + delta, goals[ids]).mean()
-            inner = cosine + options.penalty * delta.square().sum()
+            inner = cosine + penalty * delta.square().sum()
         (slope,) = torch.autograd.grad(inner, delta)
         with torch.no_grad():
             pull = slope / slope.norm().clamp(min=torch.finfo(slope.dtype).tiny)
             delta = within(delta - stride * pull, radius=radius)
         tell(repair, {"cosine": cosine}, step=step, total=steps, phase="perturbation")
     return delta.requires_grad_(True), cosine.item()
+
+
+def ball(repair: Repair, options: IBauSettings) -> tuple[float, float]:
+    """Radius, and weight of the squared norm; a full ball costs the same at any image size."""
+    scale = repair.image_size / PIXELS
+    return options.radius * scale, options.penalty / scale**2
 
 
 def cosines(
