@@ -197,6 +197,7 @@ def minimize(
     optim: OptimSettings,
     phase: str | None = None,
     after: Callable[[int], None] | None = None,
+    steps: int | None = None,
 ) -> None:
     """Trains all parameters of ``trained`` that want a gradient on the sum of the losses.
 
@@ -210,6 +211,7 @@ def minimize(
         optim: Optimizer, passes, schedule, clipping.
         phase: Name in progress reports; None: the defense's.
         after: Called with the step's number after each update.
+        steps: How many updates, where a recipe counts them; None: those of ``optim.epochs``.
 
     Raises:
         DivergedError: If a loss was not finite.
@@ -219,7 +221,7 @@ def minimize(
         trained.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = build_optimizer(trained, optim)
     per_epoch = len(repair.pool) / optim.batch_size
-    total = repair.steps(optim)
+    total = repair.steps(optim) if steps is None else steps
     dtype = autocast_dtype(optim.precision)
     for step in range(total):
         repair.leave()
