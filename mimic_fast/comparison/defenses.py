@@ -85,9 +85,11 @@ _BASELINES: dict[str, str] = {
     "fine_tuning": "FineTuningSettings",
     "fine_pruning": "FinePruningSettings",
     "nad": "NadSettings",
+    "anp": "AnpSettings",
     "clp": "ClpSettings",
     "medic": "MedicSettings",
     "bcu": "BcuSettings",
+    "i_bau": "IBauSettings",
     "receive": "ReceiveSettings",
     "ssl_cleanse": "SslCleanseSettings",
 }
