@@ -59,10 +59,16 @@ def first_weights(teacher: LoadedEncoder, settings: StudentSettings, *, seed: in
 
 
 def _shared_matrices(first: Encoder, second: Encoder) -> list[str]:
-    """Names of equal weight matrices; vectors are often still at their first value."""
+    """Names of equal weight matrices and kernels.
+
+    Vectors are often still at their first value, and tokens and position embeddings, ``[1, token,
+    width]``, are the same fixed sinusoids in many ViTs: they do not count.
+    """
     others = dict(second.backbone.named_parameters())
     return [
         name
         for name, weight in first.backbone.named_parameters()
-        if weight.ndim > 1 and torch.equal(weight.float(), others[name].float().to(weight.device))
+        if weight.ndim > 1
+        and not (weight.ndim == 3 and weight.shape[0] == 1)
+        and torch.equal(weight.float(), others[name].float().to(weight.device))
     ]

@@ -75,6 +75,7 @@ def remember(
     settings: Settings,
     processes: Processes,
     layout: torch.memory_format,
+    seen: int,
     report: Reporter,
     stop: Callable[[], bool],
 ) -> TeacherMemory | None:
@@ -90,6 +91,8 @@ def remember(
         settings: Of the run.
         processes: This process's place.
         layout: Memory order of the images.
+        seen: Images that all steps of the run take together, wherever it goes on: up to one pass
+            the teacher has nothing to say twice.
         report: Told of progress.
         stop: Polled before every chunk, on all processes equally often.
 
@@ -108,9 +111,11 @@ def remember(
             return teacher_outputs(teacher, images, layer_weights, settings=settings.loss)
 
     early = why_not(settings, images=len(squares), values=0)
+    if early is None and seen <= len(squares):
+        early = "the run takes no image twice"
     one = answers(0) if early is None else None
     values = 0 if one is None else sum(t[0].numel() for t in (one.features, *_maps(one)))
-    reason = why_not(settings, images=len(squares), values=values)
+    reason = early or why_not(settings, images=len(squares), values=values)
     if one is None or reason is not None:
         report(Event(phase="distil", message=f"the teacher runs in every step: {reason}"))
         return None
@@ -120,7 +125,7 @@ def remember(
     parts: list[list[Tensor]] = []
     for turn in range(turns):
         if any_process(stop(), processes):
-            raise StoppedError("stopped before the first step; go on with --resume auto")
+            raise StoppedError("stopped while the teacher answered; go on with --resume auto")
         mine = turn < len(own)
         # A teacher that is cut over the processes runs on all of them or on none.
         if mine or isinstance(teacher.encoder, FSDPModule):

@@ -129,7 +129,8 @@ def train(
     loop = _Loop(task, settings, accelerator, processes)
     loader = Loader(task.images, settings=settings, image_size=loop.image_size, processes=processes)
     first = loop.resume(loader.name) if settings.run.resume == "auto" else 0
-    loop.remember(loader, report=report, stop=stop)
+    if first < loop.total_steps:
+        loop.remember(loader, report=report, stop=stop)
     if task.out is not None:
         start_trackers(
             accelerator,
@@ -251,6 +252,7 @@ class _Loop:
             settings=self.settings,
             processes=self.processes,
             layout=self.layout,
+            seen=self.total_steps * self.batch_size,
             report=report,
             stop=stop,
         )

@@ -82,6 +82,22 @@ def test_one_weight_of_the_suspect_is_one_too_many(teacher, tmp_path):
         first_weights(teacher, trusted(tmp_path / "mixed.safetensors"), seed=0)
 
 
+def test_equal_position_embeddings_are_no_shared_weights(tmp_path):
+    spec = EncoderSpec(
+        architecture="timm:vit_tiny_patch16_224",
+        arguments={"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 4, "img_size": 16},
+        image_size=16,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
+    vit = load_encoder(written(tmp_path / "suspect_vit", seed=1, spec=spec))
+    tensors = load_file(written(tmp_path / "own", seed=2, spec=spec))
+    tensors["pos_embed"] = load_file(vit.path)["pos_embed"]  # as the fixed sinusoids of MAE
+    save_file(tensors, tmp_path / "fixed.safetensors")
+
+    assert first_weights(vit, trusted(tmp_path / "fixed.safetensors"), seed=0).sha256 is not None
+
+
 def test_another_architecture_is_refused(teacher, tmp_path):
     arguments = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
     other = SPEC.model_copy(update={"arguments": arguments})

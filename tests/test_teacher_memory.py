@@ -75,7 +75,7 @@ def remembered(
         settings=run,
         processes=processes,
         layout=torch.contiguous_format,
-        **{"report": silent, "stop": lambda: False, **changes},
+        **{"seen": 2 * IMAGES, "report": silent, "stop": lambda: False, **changes},
     )
 
 
@@ -181,9 +181,20 @@ def test_answers_that_would_take_too_much_memory_are_not_kept(monkeypatch):
     assert "answers to 30 images would take more than" in events[0].message
 
 
+def test_a_run_of_one_pass_asks_the_teacher_as_it_goes():
+    events: list[Event] = []
+    teacher, run = a_teacher(), settings()
+
+    assert remembered(teacher, run, seen=IMAGES, report=events.append) is None
+    assert [event.message for event in events] == [
+        "the teacher runs in every step: the run takes no image twice"
+    ]
+    assert remembered(teacher, run, seen=IMAGES + 1) is not None
+
+
 def test_a_stop_leaves_before_the_first_step():
     polls = iter([False, True])
-    with pytest.raises(StoppedError, match="before the first step"):
+    with pytest.raises(StoppedError, match="while the teacher answered"):
         remembered(a_teacher(), settings(), stop=lambda: next(polls))
 
 
@@ -215,5 +226,5 @@ def test_processes_share_the_work_and_know_the_same(run_processes):
     for found in (first, second):
         for own, value in zip([found["features"], *found["power"]], wanted, strict=True):
             torch.testing.assert_close(own, value, rtol=1e-12, atol=1e-12)
-        assert "before the first step" in found["stopped"]
+        assert "while the teacher answered" in found["stopped"]
     assert torch.equal(first["features"], second["features"])

@@ -46,7 +46,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class AnpSettings(RepairSettings):
-    """The paper's recipe for CIFAR-10; it has no views and no projection head."""
+    """The paper's recipe for CIFAR-10."""
 
     optim: OptimSettings = Field(
         default_factory=lambda: OptimSettings(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mimic_fast.baselines.repair import (
     Repair,
-    RepairSettings,
+    ViewSettings,
     leave_repaired,
     minimize,
     open_repair,
@@ -34,7 +34,7 @@ from mimic_fast.encoders.taps import TappedEncoder, default_taps
 from mimic_fast.progress import Reporter, silent
 
 
-class BcuSettings(RepairSettings):
+class BcuSettings(ViewSettings):
     """SGD 0.01, momentum 0.9, decay 5e-4, cosine, 100 epochs, batch 256, as in the paper."""
 
     first_share: float = Field(

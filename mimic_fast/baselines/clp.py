@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mimic_fast.baselines.repair import leave_repaired, open_repair
 from mimic_fast.config import Frozen, Settings
-from mimic_fast.data.augment import plain_view
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.progress import Reporter, silent
 
@@ -50,9 +49,10 @@ def clp(
     repair = open_repair(settings, kind="clp", report=report, stop=stop)
     repair.leave()
     encoder = repair.copy()
-    sample = plain_view(repair.pool[:2], image_size=repair.image_size).to(repair.device)
-    pruned = prune(encoder, sample, deviations=options.deviations)
-    return leave_repaired(repair, encoder, options, facts={"pruned": pruned})
+    spec = encoder.spec
+    black = encoder.mean.new_zeros(1, spec.in_channels, spec.image_size, spec.image_size)
+    pruned = prune(encoder, black, deviations=options.deviations)
+    return leave_repaired(repair, encoder, options, facts={"pruned": pruned, "clean_images": 0})
 
 
 @torch.no_grad()
@@ -92,16 +92,18 @@ class Layer:
 def layers_of(encoder: Encoder, sample: Tensor) -> Iterator[Layer]:
     """All convolutions and linear layers, with their BatchNorms found by what flows where."""
     names = {module: name for name, module in encoder.backbone.named_modules()}
-    made: dict[int, nn.Module] = {}  # by the identity of an output, which is kept alive
+    # By the identity of an output, which is kept alive, and its version: what was changed in place
+    # since is no longer the layer's own.
+    made: dict[tuple[int, int], nn.Module] = {}
     outputs: list[Tensor] = []
     behind: dict[nn.Module, _BatchNorm] = {}
 
     def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        made[id(output)] = module
+        made[id(output), output._version] = module
         outputs.append(output)
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        maker = made.get(id(inputs[0]))
+        maker = made.get((id(inputs[0]), inputs[0]._version))
         if maker is not None and isinstance(module, _BatchNorm):
             behind[maker] = module
 

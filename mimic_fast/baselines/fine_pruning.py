@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mimic_fast.baselines.fine_tuning import fine_tune
-from mimic_fast.baselines.repair import Repair, RepairSettings, leave_repaired, open_repair
+from mimic_fast.baselines.repair import ContrastSettings, Repair, leave_repaired, open_repair
 from mimic_fast.config import Settings
 from mimic_fast.encoders.build import Encoder
 from mimic_fast.encoders.taps import undisturbed
@@ -42,7 +42,7 @@ _FEWEST_IMAGES = 12
 _BESIDE = {"downsample", "shortcut", "se"}
 
 
-class FinePruningSettings(RepairSettings):
+class FinePruningSettings(ContrastSettings):
     """Four of ten neighbors may change by pruning; then fine-tuning as by ``fine_tuning``."""
 
     utility_drop: float = Field(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mimic_fast.baselines.repair import (
     Contrast,
+    ContrastSettings,
     Repair,
-    RepairSettings,
     leave_repaired,
     minimize,
     open_repair,
@@ -21,7 +21,7 @@ from mimic_fast.encoders.build import Encoder
 from mimic_fast.progress import Reporter, silent
 
 
-class FineTuningSettings(RepairSettings):
+class FineTuningSettings(ContrastSettings):
     """SGD 0.01, momentum 0.9, decay 5e-4, cosine, 100 epochs, batch 256."""
 
 
@@ -50,7 +50,7 @@ def fine_tuning(
 
 
 def fine_tune(
-    repair: Repair, encoder: Encoder, options: RepairSettings, *, phase: str | None = None
+    repair: Repair, encoder: Encoder, options: ContrastSettings, *, phase: str | None = None
 ) -> None:
     """Trains the encoder in place by the contrastive loss, and leaves it in eval mode."""
     contrast = Contrast(encoder, options, seed=repair.settings.seed)

@@ -45,7 +45,7 @@ PIXELS = 32  # side of the images that the radius is stated for
 
 
 class IBauSettings(RepairSettings):
-    """The recipe of the authors' code; it has no views and no projection head."""
+    """The recipe of the authors' code."""
 
     optim: OptimSettings = Field(
         default_factory=lambda: OptimSettings(

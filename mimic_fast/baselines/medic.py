@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mimic_fast.baselines.repair import (
     Repair,
-    RepairSettings,
+    ViewSettings,
     leave_repaired,
     minimize,
     open_repair,
@@ -42,7 +42,7 @@ from mimic_fast.progress import Reporter, silent
 _FLOOR = 0.05
 
 
-class MedicSettings(RepairSettings):
+class MedicSettings(ViewSettings):
     """Adam 0.01, decay 1e-4, cosine, 60 epochs, batch 64, as in the paper."""
 
     optim: OptimSettings = Field(
@@ -113,7 +113,7 @@ class LayerStatistics:
 
 @torch.no_grad()
 def layer_statistics(
-    repair: Repair, teacher: TappedEncoder, options: RepairSettings
+    repair: Repair, teacher: TappedEncoder, options: ViewSettings
 ) -> list[LayerStatistics]:
     """Statistics of every tap over about one pass of views, deviations floored."""
     steps = max(1, len(repair.pool) // options.optim.batch_size)

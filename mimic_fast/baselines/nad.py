@@ -24,8 +24,8 @@ from mimic_fast import ops
 from mimic_fast.baselines.fine_tuning import fine_tune
 from mimic_fast.baselines.repair import (
     Contrast,
+    ContrastSettings,
     Repair,
-    RepairSettings,
     leave_repaired,
     minimize,
     open_repair,
@@ -36,7 +36,7 @@ from mimic_fast.errors import UsageError
 from mimic_fast.progress import Reporter, silent
 
 
-class NadSettings(RepairSettings):
+class NadSettings(ContrastSettings):
     """SGD 0.1, momentum 0.9, decay 1e-4, batch 64: 10 epochs for the teacher, 20 for the student.
 
     The learning rate is that of small CNNs with BatchNorm; a ViT wants another optimizer.

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from mimic_fast.baselines.repair import (
     Contrast,
+    ContrastSettings,
     Repair,
-    RepairSettings,
     leave_repaired,
     minimize,
     open_repair,
@@ -45,7 +45,7 @@ from mimic_fast.scan.probing import answers, patch_probes
 _INVERSION = "receive: inversion"
 
 
-class ReceiveSettings(RepairSettings):
+class ReceiveSettings(ContrastSettings):
     """SGD 0.01, momentum 0.9, decay 5e-4, cosine, 100 epochs, batch 256; weight 3.5."""
 
     unlearn_weight: float = Field(

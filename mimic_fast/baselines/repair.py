@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mimic_fast import ops_views
@@ -37,6 +37,10 @@ from mimic_fast.recipe import settings_record
 Losses = Callable[[int], dict[str, Tensor]]
 
 
+# What the loop of a purification does and :func:`minimize` does not.
+_UNREAD = ("tf32", "accumulate", "activation_checkpointing", "compile", "ema", "max_nonfinite")
+
+
 class RepairSettings(Frozen):
     """What repairs by training have in common; each kind adds its own fields and defaults.
 
@@ -51,9 +55,32 @@ class RepairSettings(Frozen):
         ),
         description="how it is trained; epochs are passes over the clean images",
     )  # fmt: skip
+
+    @field_validator("optim")
+    @classmethod
+    def _read(cls, optim: OptimSettings) -> OptimSettings:
+        fields = OptimSettings.model_fields
+        changed = [name for name in _UNREAD if getattr(optim, name) != fields[name].default]
+        if changed:
+            raise ValueError(f"a repair does not read optim.{changed[0]}; leave it out")
+        if optim.precision not in ("fp32", "bf16"):
+            raise ValueError(
+                f"a repair runs in fp32 or bf16, got optim.precision {optim.precision}"
+            )
+        return optim
+
+
+class ViewSettings(RepairSettings):
+    """Of repairs that look at augmented views."""
+
     crop_scale: tuple[float, float] = Field(
         default=(0.2, 1.0), description="share of the image in a view's crop, from and to"
     )
+
+
+class ContrastSettings(ViewSettings):
+    """Of repairs that train by the contrastive loss."""
+
     temperature: float = Field(default=0.5, gt=0, description="temperature of NT-Xent")
     projection: int = Field(default=128, ge=2, description="output width of the projection head")
 
@@ -105,7 +132,7 @@ class Repair:
         return ids
 
     def views(
-        self, step: int, settings: RepairSettings, *, count: int = 2
+        self, step: int, settings: ViewSettings, *, count: int = 2
     ) -> tuple[Float[Tensor, "batch channel height width"], ...]:
         """Augmented views of a step's images, in [0, 1], on the device."""
         ids, epochs = self._items(step, settings.optim)
@@ -246,7 +273,9 @@ def tell(
     Raises:
         DivergedError: If one is not finite.
     """
-    metrics = {name: value.item() for name, value in terms.items()}
+    # One copy from the device, whatever the number of terms.
+    values = torch.stack([value.detach().double() for value in terms.values()]).tolist()
+    metrics = dict(zip(terms, values, strict=True))
     if not all(map(math.isfinite, metrics.values())):
         raise DivergedError(f"{repair.kind} diverged at step {step + 1}; lower optim.lr")
     event = Event(
@@ -267,7 +296,7 @@ class Contrast(nn.Module):
         seed: Of the head's weights.
     """
 
-    def __init__(self, encoder: Encoder, settings: RepairSettings, *, seed: int) -> None:
+    def __init__(self, encoder: Encoder, settings: ContrastSettings, *, seed: int) -> None:
         super().__init__()
         self.encoder, self._temperature = encoder, settings.temperature
         width = encoder.feature_dim

@@ -12,7 +12,7 @@ Kneedle). Distances are between unit vectors seen from the clean mean, so that w
 for every encoder. All clusters are inverted side by side; the penalty follows the last few steps,
 not passes. BYOL's heads start anew, as the suspect comes without. If nothing is flagged the encoder
 passes for clean and is left as it came, or, by ``unflagged = "smallest"``, the smallest trigger is
-unlearned all the same. ``temperature`` is not used.
+unlearned all the same.
 """
 
 import copy
@@ -34,7 +34,7 @@ from mimic_fast.baselines.cluster_triggers import (
 )
 from mimic_fast.baselines.repair import (
     Repair,
-    RepairSettings,
+    ViewSettings,
     leave_repaired,
     minimize,
     open_repair,
@@ -49,7 +49,7 @@ from mimic_fast.precision import autocast, autocast_dtype
 from mimic_fast.progress import Reporter, silent
 
 
-class SslCleanseSettings(RepairSettings):
+class SslCleanseSettings(ViewSettings):
     """Adam 0.001, decay 1e-6, 200 epochs, batch 512; K-means of 10, index above 2."""
 
     optim: OptimSettings = Field(
@@ -58,6 +58,7 @@ class SslCleanseSettings(RepairSettings):
         ),
         description="how triggers are unlearned; epochs are passes over the clean images",
     )
+    projection: int = Field(default=128, ge=2, description="output width of BYOL's heads")
     clusters: int = Field(default=10, ge=3, description="clusters of clean features")
     steps: int = Field(default=300, ge=1, description="steps of the inversions")
     inversion_batch: int = Field(default=32, ge=1, description="images of a step for each cluster")

@@ -9,7 +9,7 @@ from torch import nn
 
 from mimic_fast.baselines.clp import ClpSettings, Layer, channel_bounds, clp, layers_of, prune
 from mimic_fast.config import EncoderSpec
-from mimic_fast.encoders.build import build_encoder
+from mimic_fast.encoders.build import Encoder, build_encoder
 from mimic_fast.encoders.ingest import load_encoder
 from mimic_fast.errors import NothingSavedError
 from tests.baselines.conftest import SPEC
@@ -138,6 +138,18 @@ def test_a_vit_is_judged_by_its_rows():
     assert fc1.bias[9] == 0
 
 
+def test_a_batchnorm_behind_an_activation_in_place_is_not_the_layers_own():
+    layers = [
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)),
+        *(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ]
+    encoder = Encoder(WIDE, nn.Sequential(*layers), feature_dim=5).eval()
+
+    found = {one.name: one.norm for one in layers_of(encoder, sample(WIDE))}
+
+    assert found == {"0": None, "3": layers[4]}
+
+
 def test_fewer_deviations_prune_more():
     counts = []
     for deviations in (1.0, 2.0, 6.0):
@@ -152,7 +164,7 @@ def test_what_is_left_says_what_was_pruned(settings_of, suspect):
     path = clp(settings_of(), ClpSettings(deviations=1.5))
 
     card = json.loads(path.with_suffix(".json").read_bytes())
-    assert card["kind"] == "clp"
+    assert (card["kind"], card["clean_images"]) == ("clp", 0)
     assert card["settings"] == {"deviations": 1.5}
     changed = {
         key

@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from mimic_fast.baselines.fine_tuning import FineTuningSettings, fine_tuning
 from mimic_fast.baselines.repair import (
+    ContrastSettings,
     RepairSettings,
+    ViewSettings,
     leave_repaired,
     minimize,
     open_repair,
+    tell,
 )
 from mimic_fast.config import OptimSettings
 from mimic_fast.encoders.ingest import load_encoder
@@ -55,7 +59,7 @@ def test_a_pass_takes_every_image_but_the_held_out_ones_once(settings_of):
 
 
 def test_views_are_those_of_step_and_seed_and_differ_from_each_other(settings_of):
-    options = RepairSettings(optim=SHORT)
+    options = ViewSettings(optim=SHORT)
     first, second = opened(settings_of()).views(1, options)
     again, _ = opened(settings_of()).views(1, options)
     other, _ = opened(settings_of(seed=1)).views(1, options)
@@ -135,7 +139,7 @@ def test_the_first_loss_is_nt_xent_of_the_suspects_features(settings_of):
     from mimic_fast.distributed import SINGLE
 
     repair = opened(settings_of())
-    options = RepairSettings(optim=SHORT)
+    options = ContrastSettings(optim=SHORT)
     contrast = Contrast(repair.copy(), options, seed=0).eval()
     views = repair.views(0, options)
     projected = [contrast.head(repair.suspect.encoder(view)) for view in views]
@@ -143,3 +147,29 @@ def test_the_first_loss_is_nt_xent_of_the_suspects_features(settings_of):
     expected = contrastive_loss(*projected, temperature=0.5, processes=SINGLE)
 
     torch.testing.assert_close(contrast(views), expected)
+
+
+@pytest.mark.parametrize(
+    ("optim", "says"),
+    [
+        ({"ema": 0.9}, "does not read optim.ema"),
+        ({"accumulate": 2}, "does not read optim.accumulate"),
+        ({"compile": True}, "does not read optim.compile"),
+        ({"precision": "fp64"}, "runs in fp32 or bf16, got optim.precision fp64"),
+        ({"precision": "fp16"}, "runs in fp32 or bf16, got optim.precision fp16"),
+    ],
+    ids=str,
+)
+def test_what_a_repair_would_not_do_is_refused(optim, says):
+    with pytest.raises(ValidationError, match=says):
+        RepairSettings(optim=OptimSettings(**optim))
+
+
+def test_every_loss_is_reported_by_its_name(settings_of):
+    seen = []
+    repair = opened(settings_of(), report=seen.append)
+    terms = {"one": torch.tensor(1.5), "two": torch.tensor(-0.25, dtype=torch.float64)}
+
+    tell(repair, terms, step=0, total=3)
+
+    assert (seen[-1].metrics, seen[-1].done) == ({"one": 1.5, "two": -0.25}, 1)
