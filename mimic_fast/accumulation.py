@@ -37,14 +37,16 @@ def split(batch: Batch, student_view: Tensor, parts: int) -> list[Part]:
     """Equal parts in the order of the batch; it divides evenly, as ``check_batch`` has seen."""
     size = len(batch.ids) // parts
     seconds = [None] * parts if batch.v2 is None else batch.v2.split(size)
+    sights = [None] * parts if batch.sights is None else batch.sights.split(size)
     return [
         Part(
-            batch=replace(batch, v1=v1, v2=v2, ids=ids, plain=None, student=None), student_view=view
+            batch=Batch(v1=v1, v2=v2, ids=ids, sights=seen), student_view=view
         )
-        for v1, v2, ids, view in zip(
+        for v1, v2, ids, seen, view in zip(
             batch.v1.split(size),
             seconds,
             batch.ids.split(size),
+            sights,
             student_view.split(size),
             strict=True,
         )

@@ -296,8 +296,8 @@ class LossSettings(Frozen):
     )
     teacher_memory: bool = Field(
         default=True,
-        description="keep the teacher's answers to the clean images where its view never changes "
-        "(teacher_view 'plain'), instead of running it in every step",
+        description="keep the teacher's answers where it sees the same again (teacher_view 'plain', "
+        "or data.view_pool above 0), instead of running it in every step",
     )
     temperature: float = Field(default=0.5, gt=0, description="temperature of NT-Xent")
     projection: int = Field(default=128, ge=2, description="output width of the projection head")

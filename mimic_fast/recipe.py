@@ -23,14 +23,16 @@ Model = TypeVar("Model", bound=Frozen)
 # 'official' is the authors' demo (github.com/wssun/MIMIC, 36ef47c), 'mimic' the abstract's method.
 PRESETS: dict[str, dict[str, Any]] = {
     # The teacher sees the whole image: a crop that zooms in on a bright spot would trigger it, and
-    # the student would learn that answer. Milder crops than SimCLR's then suffice.
+    # the student would learn that answer. What the teacher would answer differently (other colors,
+    # small crops) is then kept from the student too: its answer would be wrong.
     "hardened": {
-        "data": {"crop_scale": [0.35, 1.0]},
+        "data": {"crop_scale": [0.6, 1.0], "jitter_probability": 0.0, "grayscale": 0.0},
         "loss": {
             "teacher_view": "plain",
             "attention_weight": 0.0003,
             "harden": {"probability": 1.0},
         },
+        "optim": {"batch_size": 64},
     },
     "mimic": {},
     "official": {

@@ -19,7 +19,7 @@ from mimic_fast import checkpoint, ops
 from mimic_fast.accumulation import Part, pulled, split
 from mimic_fast.byol import Byol, byol_losses, follow
 from mimic_fast.config import Settings
-from mimic_fast.data.loader import Batch, Loader, TrainingImages
+from mimic_fast.data.loader import Batch, Loader, TrainingImages, sights_per_image
 from mimic_fast.data.order import check_batch, steps_of
 from mimic_fast.distributed import Processes, wait_for_all
 from mimic_fast.diverged import dump_diverged
@@ -243,11 +243,11 @@ class _Loop:
 
     def remember(self, loader: Loader, *, report: Reporter, stop: Callable[[], bool]) -> None:
         """Asks the teacher once about all images, where its answers stay the same."""
-        if self.task.teacher is None or self.settings.loss.teacher_view != "plain":
+        if self.task.teacher is None or not sights_per_image(self.settings):
             return
         self.memory = remember(
             self.task.teacher,
-            self.task.images.squares,
+            loader,
             self.task.layer_weights,
             settings=self.settings,
             processes=self.processes,
@@ -256,7 +256,8 @@ class _Loop:
             report=report,
             stop=stop,
         )
-        loader.plain = self.memory is None
+        if self.memory is not None:
+            loader.plain = False
 
     def _prepare_modules(self) -> None:
         """Types, memory order, compilation: before an engine takes the student."""
@@ -307,6 +308,7 @@ class _Loop:
             v1=teacher_view,
             v2=None if batch.v2 is None else self._placed(batch.v2),
             ids=batch.ids,
+            sights=batch.sights,
         )
         rate = learning_rate(
             step,
@@ -371,6 +373,9 @@ class _Loop:
         return terms
 
     def _losses(self, part: Part) -> Losses:
+        known = None
+        if self.memory is not None and part.batch.sights is not None:
+            known = self.memory.of(part.batch.sights)
         if self.task.byol is not None:
             assert part.batch.v2 is not None
             views = torch.cat([part.student_view, part.batch.v2])
@@ -385,7 +390,7 @@ class _Loop:
             processes=self.processes,
             clock=self.clock,
             pull=part.pull,
-            known=None if self.memory is None else self.memory.of(part.batch.ids),
+            known=known,
         )
 
     def flush(self, loader: Loader, *, last: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The teacher runs once over the images where its view never changes; all else is as it was."""
+"""The teacher runs once over all that it will see, where that is little; all else is as it was."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from mimic_fast import teacher_memory
 from mimic_fast.config import EncoderSpec, Settings
 from mimic_fast.data.augment import plain_view
-from mimic_fast.data.loader import TrainingImages
+from mimic_fast.data.loader import Loader, TrainingImages
 from mimic_fast.distributed import SINGLE, Processes, start
 from mimic_fast.encoders.build import build_encoder
 from mimic_fast.encoders.taps import TappedEncoder, default_taps
@@ -40,10 +40,13 @@ IMAGES, BATCH = 30, 8
 WEIGHTS = (1000.0, 0.0, 2000.0, 3000.0)
 
 
-def settings(precision: str = "fp32", **loss: Any) -> Settings:
+def settings(
+    precision: str = "fp32", *, epochs: int = 2, view_pool: int = 0, **loss: Any
+) -> Settings:
     return Settings.model_validate(
         {
-            "optim": {"epochs": 2, "batch_size": BATCH, "precision": precision},
+            "data": {"view_pool": view_pool},
+            "optim": {"epochs": epochs, "batch_size": BATCH, "precision": precision},
             "run": {"device": "cpu"},
             "loss": {"teacher_view": "plain", "attention_weight": 0.01, **loss},
         }
@@ -68,9 +71,12 @@ def remembered(
     processes: Processes = SINGLE,
     **changes: Any,
 ) -> TeacherMemory | None:
+    loader = Loader(
+        TrainingImages(squares=pictures()), settings=run, image_size=16, processes=processes
+    )
     return remember(
         teacher,
-        pictures(),
+        loader,
         weights,
         settings=run,
         processes=processes,
@@ -101,6 +107,25 @@ def test_memory_holds_what_the_teacher_says_of_every_image(spec):
         wanted.dtype,
         wanted.live,
     )
+
+
+def test_memory_holds_what_the_teacher_says_of_every_view_of_the_pool():
+    run = settings(teacher_view="same", view_pool=3, harden={"probability": 1.0})
+    teacher = a_teacher()
+    memory = remembered(teacher, run, seen=10 * IMAGES)
+    assert memory is not None and len(memory.outputs.features) == 3 * IMAGES
+    loader = Loader(TrainingImages(squares=pictures()), settings=run, image_size=16, processes=SINGLE)
+
+    with loader.batches(0, 20) as batches:
+        seen = list(batches)
+
+    passes = {int(sight) // IMAGES for batch in seen for sight in batch.sights}
+    assert passes == {0, 1, 2}
+    for batch in seen:
+        wanted = teacher_outputs(teacher, batch.v1, WEIGHTS, settings=run.loss)
+        found = memory.of(batch.sights)
+        torch.testing.assert_close(found.features, wanted.features, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.power[3], wanted.power[3], rtol=1e-5, atol=1e-6)
 
 
 def one_run(run: Settings) -> tuple[list[int], list[dict[str, float]]]:
@@ -143,6 +168,18 @@ def test_training_is_the_same_and_the_teacher_runs_for_one_pass(loss):
         assert found == pytest.approx(expected, rel=1e-9)
 
 
+def test_views_taken_in_turn_are_asked_about_once():
+    pool: dict[str, Any] = {"teacher_view": "same", "view_pool": 2, "epochs": 5}
+    images, losses = one_run(settings("fp64", harden={"probability": 1.0}, **pool))
+    run = settings("fp64", harden={"probability": 1.0}, teacher_memory=False, **pool)
+    every_step, wanted = one_run(run)
+
+    assert sum(images[1:]) == 2 * IMAGES and sum(every_step) == 19 * BATCH
+    assert len(losses) == len(wanted) == 19
+    for found, expected in zip(losses, wanted, strict=True):
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_parts_of_a_batch_get_their_own_answers():
     run = settings("fp64")
     parts = run.optim.model_copy(update={"accumulate": 4})
@@ -158,7 +195,7 @@ def test_parts_of_a_batch_get_their_own_answers():
     ("loss", "says"),
     [
         ({"teacher_memory": False}, "loss.teacher_memory is off"),
-        ({"teacher_view": "same"}, "its view changes with the student's"),
+        ({"teacher_view": "same"}, "its view is another in every pass (data.view_pool is 0)"),
         ({"dense": 1.0}, "a dense clone loss needs its activations"),
     ],
 )
@@ -190,6 +227,10 @@ def test_a_run_of_one_pass_asks_the_teacher_as_it_goes():
         "the teacher runs in every step: the run takes no image twice"
     ]
     assert remembered(teacher, run, seen=IMAGES + 1) is not None
+
+    pooled = settings(teacher_view="same", view_pool=4)
+    assert remembered(teacher, pooled, seen=4 * IMAGES, report=events.append) is None
+    assert events[-1].message == "the teacher runs in every step: the run takes no view twice"
 
 
 def test_a_stop_leaves_before_the_first_step():

@@ -37,6 +37,8 @@ from mimic_fast.recipe import settings_record
 Losses = Callable[[int], dict[str, Tensor]]
 
 
+# Of section ``data``, what a repair says itself.
+VIEWS = ("crop_scale", "jitter_probability", "grayscale")
 # What the loop of a purification does and :func:`minimize` does not.
 _UNREAD = ("tf32", "accumulate", "activation_checkpointing", "compile", "ema", "max_nonfinite")
 
@@ -76,6 +78,8 @@ class ViewSettings(RepairSettings):
     crop_scale: tuple[float, float] = Field(
         default=(0.2, 1.0), description="share of the image in a view's crop, from and to"
     )
+    jitter_probability: float = Field(default=0.8, ge=0, le=1, description="probability of jitter")
+    grayscale: float = Field(default=0.2, ge=0, le=1, description="probability of gray")
 
 
 class ContrastSettings(ViewSettings):
@@ -136,7 +140,8 @@ class Repair:
     ) -> tuple[Float[Tensor, "batch channel height width"], ...]:
         """Augmented views of a step's images, in [0, 1], on the device."""
         ids, epochs = self._items(step, settings.optim)
-        data = self.settings.data.model_copy(update={"crop_scale": settings.crop_scale})
+        own = {name: getattr(settings, name) for name in VIEWS}
+        data = self.settings.data.model_copy(update=own)
         drawn = [
             draw_view(
                 ids,

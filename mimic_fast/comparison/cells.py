@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mimic_fast.comparison.contents import Contents, clean_set_digest, contents
-from mimic_fast.comparison.defenses import UNREAD, is_baseline, options_of
+from mimic_fast.comparison.defenses import UNREAD, UNREAD_DATA, is_baseline, options_of, own_views
 from mimic_fast.comparison.settings import AS_IT_IS, DefenseSettings, MatrixSettings
 from mimic_fast.config import Frozen, Settings
 from mimic_fast.errors import UsageError
@@ -186,8 +186,7 @@ def _settings(matrix: MatrixSettings, attack: str, defense: str, seed: int, out:
                 f"defenses.{defense}.settings.encoder.{key} is the same for all cells of an "
                 "attack; set it in attacks.NAME.loading"
             )
-    if is_baseline(own.kind):
-        _refuse_unread(defense, own)
+    _refuse_unread(defense, own)
     evaluation = {
         **matrix.evaluation.model_dump(mode="json"),
         "attack": str(attack_path(attacked.attack_file)),
@@ -219,13 +218,13 @@ def _settings(matrix: MatrixSettings, attack: str, defense: str, seed: int, out:
 def _refuse_unread(name: str, defense: DefenseSettings) -> None:
     """A baseline has options in place of the sections that it does not read."""
     given = {**defense.settings, **({} if defense.preset is None else {"preset": ""})}
-    unread = [section for section in UNREAD if section in given]
-    if "crop_scale" in given.get("data", {}):
-        unread.append("data.crop_scale")
+    unread = [section for section in UNREAD if section in given and is_baseline(defense.kind)]
+    if own_views(defense.kind):
+        unread += [f"data.{key}" for key in UNREAD_DATA if key in given.get("data", {})]
     if unread:
+        instead = f"set defenses.{name}.options" if is_baseline(defense.kind) else "leave it out"
         raise UsageError(
-            f"defenses.{name}: kind {defense.kind!r} does not read {unread[0]}; set "
-            f"defenses.{name}.options"
+            f"defenses.{name}: kind {defense.kind!r} does not read {unread[0]}; {instead}"
         )
 
 
@@ -256,6 +255,8 @@ def _decisive(settings: Settings, content: Contents, *, kind: str) -> dict[str, 
         record["student"]["checkpoint"] = sha256_file(settings.student.checkpoint)
     for section in UNREAD if is_baseline(kind) or kind in AS_IT_IS else ():
         record.pop(section)
+    for key in UNREAD_DATA if own_views(kind) or kind in AS_IT_IS else ():
+        record["data"].pop(key)
     evaluation = {k: v for k, v in record["evaluation"].items() if k not in _INDIFFERENT}
     evaluation["downstream"] = [
         {

@@ -97,11 +97,18 @@ _BASELINES: dict[str, str] = {
 
 # Sections of a purification's settings that a baseline does not read: its options have their like.
 UNREAD = ("preset", "student", "mi", "loss", "optim")
+# Of section data: a contrastive loss wants other views than imitation, so these have their own.
+UNREAD_DATA = ("crop_scale", "jitter_probability", "grayscale")
 
 
 def is_baseline(kind: str) -> bool:
     """Whether it has options of its own in place of the sections ``UNREAD``."""
     return kind in _BASELINES
+
+
+def own_views(kind: str) -> bool:
+    """Whether it augments as it always does, whatever ``UNREAD_DATA`` says."""
+    return is_baseline(kind) or kind == "student_only"
 
 
 class NoOptions(Frozen):

@@ -6,11 +6,11 @@ sees the same global batch, and a resumed run gets the identical next one. Backe
 decodes and resizes only. Batches are made ahead in a thread, student-only perturbation included.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from mimic_fast import ops_views
@@ -40,6 +40,8 @@ class Batch:
         ids: Item ids, ``[B]``.
         plain: The whole images, or None where nobody looks at them.
         student: What the student sees of the first view, or None: the view itself.
+        sights: What the teacher sees, ``[B]``, as :meth:`Loader.sights` counts; None: another view
+            in every pass.
     """
 
     v1: Tensor
@@ -47,6 +49,7 @@ class Batch:
     ids: Tensor
     plain: Tensor | None = None
     student: Tensor | None = None
+    sights: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +66,11 @@ class TrainingImages:
 
     def __len__(self) -> int:
         return len(self.squares)
+
+
+def sights_per_image(settings: Settings) -> int:
+    """Different views of an image that the teacher gets in all passes; 0: another in every one."""
+    return 1 if settings.loss.teacher_view == "plain" else settings.data.view_pool
 
 
 class Loader:
@@ -101,6 +109,26 @@ class Loader:
         """What makes the views."""
         return self._backend.name
 
+    @property
+    def images(self) -> int:
+        """How many it serves."""
+        return len(self._images)
+
+    def sights(self, chunks: Iterable[Int64[Tensor, " view"]]) -> Iterator[Tensor]:
+        """Views that the teacher sees over all passes, in [0, 1], on the CPU.
+
+        Args:
+            chunks: Their numbers: item id + ``images`` times the place in ``data.view_pool``, which
+                is 0 for a teacher that looks at the whole images.
+        """
+        if self._settings.loss.teacher_view == "plain":
+            for ids in chunks:
+                yield ops_views.plain(self._images.squares, ids, image_size=self._size)
+            return
+        steps = (self._seen(rows % self.images, rows // self.images, (1,)) for rows in chunks)
+        for _, views in self._backend.views(steps):
+            yield views[0]
+
     def batches(self, first: int, last: int) -> Prefetched[Batch]:
         """The batches of steps ``first`` to ``last - 1``; close it when done."""
         steps = (self._drawn(step) for step in range(first, last))
@@ -116,7 +144,13 @@ class Loader:
             seed=settings.seed,
             processes=self._processes,
         )
-        pool = settings.data.view_pool
+        both = settings.loss.contrastive > 0
+        return self._seen(ids, epochs, (1, 2) if both else (1,))
+
+    def _seen(
+        self, ids: Int64[Tensor, " batch"], epochs: Int64[Tensor, " batch"], views: tuple[int, ...]
+    ) -> DrawnStep:
+        settings, pool = self._settings, self._settings.data.view_pool
         drawn = (
             draw_view(
                 ids,
@@ -126,7 +160,7 @@ class Loader:
                 epoch=epochs % pool if pool else epochs,
                 view=view,
             )
-            for view in range(1, 3 if settings.loss.contrastive > 0 else 2)
+            for view in views
         )
         return DrawnStep(ids=ids, epochs=epochs, views=tuple(drawn))
 
@@ -145,8 +179,17 @@ class Loader:
             )
         if self.plain:
             plain = ops_views.plain(squares, step.ids, image_size=self._size)
-        second = views[1] if len(views) > 1 else None
-        return Batch(v1=views[0], v2=second, ids=step.ids, plain=plain, student=student)
+        per_image, sights = sights_per_image(self._settings), None
+        if per_image:
+            sights = step.ids + step.epochs % per_image * self.images
+        return Batch(
+            v1=views[0],
+            v2=views[1] if len(views) > 1 else None,
+            ids=step.ids,
+            plain=plain,
+            student=student,
+            sights=sights,
+        )
 
 
 def choose_backend(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimic_fast.baselines.student_only import CROP_SCALE, student_only
+from mimic_fast.baselines.student_only import VIEWS, student_only
 from mimic_fast.config import EncoderSpec, Settings
 from mimic_fast.encoders.build import build_encoder
 from mimic_fast.encoders.ingest import load_encoder
@@ -34,7 +34,7 @@ def settings(**sections: Any) -> Settings:
         {
             "loss": {"clone": 1, "attention_weight": 1, "harden": {"probability": 1.0}},
             "optim": {"epochs": 2, "batch_size": 16, "warmup_epochs": 0},
-            "data": {"crop_scale": (0.5, 1.0)},
+            "data": {"crop_scale": (0.5, 1.0), "jitter_probability": 0.0, "grayscale": 0.0},
             **sections,
         }
     )
@@ -56,7 +56,8 @@ def test_floor_is_written_and_trained_by_the_contrastive_loss_alone(pool, tmp_pa
     assert not torch.equal(result.encoder.state_dict()["backbone.conv1.weight"], start)
     card = json.loads((tmp_path / "encoder.json").read_text())
     assert card["kind"] == "student_only"
-    assert tuple(card["settings"]["data"]["crop_scale"]) == CROP_SCALE
+    views = {key: card["settings"]["data"][key] for key in VIEWS}
+    assert views == {"crop_scale": [0.2, 1.0], "jitter_probability": 0.8, "grayscale": 0.2}
     assert card["settings"]["loss"]["contrastive"] == 1.0
     # Hardening would handicap the floor: what is compared with it must beat SimCLR at its best.
     assert card["settings"]["loss"]["harden"]["probability"] == 0.0

@@ -1,5 +1,6 @@
 """Options of a defense: its own settings, checked before anything runs."""
 
+import re
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -107,14 +108,22 @@ def test_options_name_the_cell_with_their_defaults_filled_in(shrunk, ready, matr
         {"settings": {"optim": {"epochs": 3}}},
         {"settings": {"loss": {"clone": 2}}},
         {"settings": {"data": {"crop_scale": [0.5, 1]}}},
+        {"settings": {"data": {"grayscale": 0.5}}},
     ],
-    ids=["preset", "optim", "loss", "data.crop_scale"],
+    ids=["preset", "optim", "loss", "data.crop_scale", "data.grayscale"],
 )
 def test_what_a_baseline_does_not_read_is_refused(shrunk, ready, matrix, tmp_path, given, request):
     settings = matrix(defenses={"x": {"kind": "shrunk", **given}})
     name = request.node.callspec.id
     with pytest.raises(UsageError, match=rf"defenses.x: kind 'shrunk' does not read {name}; "):
         list(cells_of(settings, tmp_path))
+
+
+def test_the_floor_refuses_views_that_it_would_not_take(ready, matrix, tmp_path):
+    given = {"kind": "student_only", "settings": {"data": {"jitter_probability": 0.1}}}
+    said = "defenses.x: kind 'student_only' does not read data.jitter_probability; leave it out"
+    with pytest.raises(UsageError, match=re.escape(said)):
+        list(cells_of(matrix(defenses={"x": given}), tmp_path))
 
 
 def test_a_new_default_of_what_a_baseline_does_not_read_leaves_its_cells(
@@ -125,6 +134,7 @@ def test_a_new_default_of_what_a_baseline_does_not_read_leaves_its_cells(
 
     before = {kind: digests(kind) for kind in ("shrunk", "none", "purify")}
     monkeypatch.setitem(PRESETS["hardened"], "optim", {"epochs": 7})
+    monkeypatch.setitem(PRESETS["hardened"], "data", {"grayscale": 0.7, "crop_scale": [0.9, 1.0]})
 
     assert digests("shrunk") == before["shrunk"]
     assert digests("none") == before["none"]
