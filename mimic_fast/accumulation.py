@@ -39,9 +39,7 @@ def split(batch: Batch, student_view: Tensor, parts: int) -> list[Part]:
     seconds = [None] * parts if batch.v2 is None else batch.v2.split(size)
     sights = [None] * parts if batch.sights is None else batch.sights.split(size)
     return [
-        Part(
-            batch=Batch(v1=v1, v2=v2, ids=ids, sights=seen), student_view=view
-        )
+        Part(batch=Batch(v1=v1, v2=v2, ids=ids, sights=seen), student_view=view)
         for v1, v2, ids, seen, view in zip(
             batch.v1.split(size),
             seconds,

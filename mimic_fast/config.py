@@ -210,6 +210,11 @@ class MutualInformationSettings(Frozen):
     )
     base: float = Field(default=1000.0, ge=0, description="layer weight = base + gain * share")
     gain: float = Field(default=10000.0, ge=0, description="layer weight = base + gain * share")
+    weighting: Literal["information", "uniform", "inverse"] = Field(
+        default="information",
+        description="share of a layer: p of its information, 1 / L, or (1 - p) / (L - 1); the sum "
+        "of all weights is the same",
+    )
     force: bool = Field(default=False, description="permit a K too large for the number of images")
     dv_epochs: int = Field(default=200, ge=1, description="epochs per critic (dv, infonce)")
     dv_batch: int = Field(
@@ -296,8 +301,8 @@ class LossSettings(Frozen):
     )
     teacher_memory: bool = Field(
         default=True,
-        description="keep the teacher's answers where it sees the same again (teacher_view 'plain', "
-        "or data.view_pool above 0), instead of running it in every step",
+        description="keep the teacher's answers where it sees the same again (teacher_view "
+        "'plain', or data.view_pool above 0), instead of running it in every step",
     )
     temperature: float = Field(default=0.5, gt=0, description="temperature of NT-Xent")
     projection: int = Field(default=128, ge=2, description="output width of the projection head")

@@ -7,7 +7,7 @@ quarter of a step's work for a network as large as the student. What the losses 
 unlike activations, so a dense clone loss, which needs those, goes without.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -110,7 +110,7 @@ def remember(
         with autocast(autocast_dtype(settings.optim.precision), processes.device):
             return teacher_outputs(teacher, placed, layer_weights, settings=settings.loss)
 
-    def views(starts: Sequence[int]) -> Iterator[Tensor]:
+    def views(starts: Sequence[int]) -> Generator[Tensor]:
         return loader.sights(torch.arange(at, min(at + share, total)) for at in starts)
 
     early = why_not(settings, images=images, values=0)

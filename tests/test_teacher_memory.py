@@ -113,19 +113,24 @@ def test_memory_holds_what_the_teacher_says_of_every_view_of_the_pool():
     run = settings(teacher_view="same", view_pool=3, harden={"probability": 1.0})
     teacher = a_teacher()
     memory = remembered(teacher, run, seen=10 * IMAGES)
-    assert memory is not None and len(memory.outputs.features) == 3 * IMAGES
-    loader = Loader(TrainingImages(squares=pictures()), settings=run, image_size=16, processes=SINGLE)
+    assert memory is not None
+    assert len(memory.outputs.features) == 3 * IMAGES
+    loader = Loader(
+        TrainingImages(squares=pictures()), settings=run, image_size=16, processes=SINGLE
+    )
 
     with loader.batches(0, 20) as batches:
         seen = list(batches)
 
-    passes = {int(sight) // IMAGES for batch in seen for sight in batch.sights}
-    assert passes == {0, 1, 2}
+    passes: set[int] = set()
     for batch in seen:
+        assert batch.sights is not None
+        passes |= set((batch.sights // IMAGES).tolist())
         wanted = teacher_outputs(teacher, batch.v1, WEIGHTS, settings=run.loss)
         found = memory.of(batch.sights)
         torch.testing.assert_close(found.features, wanted.features, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.power[3], wanted.power[3], rtol=1e-5, atol=1e-6)
+    assert passes == {0, 1, 2}
 
 
 def one_run(run: Settings) -> tuple[list[int], list[dict[str, float]]]:
@@ -174,7 +179,8 @@ def test_views_taken_in_turn_are_asked_about_once():
     run = settings("fp64", harden={"probability": 1.0}, teacher_memory=False, **pool)
     every_step, wanted = one_run(run)
 
-    assert sum(images[1:]) == 2 * IMAGES and sum(every_step) == 19 * BATCH
+    assert sum(images[1:]) == 2 * IMAGES
+    assert sum(every_step) == 19 * BATCH
     assert len(losses) == len(wanted) == 19
     for found, expected in zip(losses, wanted, strict=True):
         assert found == pytest.approx(expected, rel=1e-9)

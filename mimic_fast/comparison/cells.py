@@ -24,6 +24,9 @@ _FORM = 1  # changes with what a cell's figures mean
 # Where figures come from, not what they are.
 _INDIFFERENT = {"cache", "attack", "clean", "student_only", "curve_every", "scan"}
 _OWN = ("encoder.teacher", "seed", "run", "evaluation")  # the matrix's, for all defenses
+# Settings younger than committed rows, with the value that does what was done before there were
+# any: at that value they leave the digest of a cell alone.
+_LATER: dict[str, dict[str, Any]] = {"mi": {"weighting": "information"}}
 _READING = ("architecture", "arguments", "stem", "in_channels", "image_size", "mean", "std")
 
 
@@ -251,6 +254,10 @@ def _decisive(settings: Settings, content: Contents, *, kind: str) -> dict[str, 
     """The settings with data by content, and without what changes no figure."""
     record = settings_record(settings)
     record["encoder"].pop("teacher")  # its digest stands for it
+    for section, later in _LATER.items():
+        for key, value in later.items():
+            if record[section][key] == value:
+                record[section].pop(key)
     if settings.student.checkpoint is not None:
         record["student"]["checkpoint"] = sha256_file(settings.student.checkpoint)
     for section in UNREAD if is_baseline(kind) or kind in AS_IT_IS else ():

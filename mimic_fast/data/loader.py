@@ -6,7 +6,7 @@ sees the same global batch, and a resumed run gets the identical next one. Backe
 decodes and resizes only. Batches are made ahead in a thread, student-only perturbation included.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +114,7 @@ class Loader:
         """How many it serves."""
         return len(self._images)
 
-    def sights(self, chunks: Iterable[Int64[Tensor, " view"]]) -> Iterator[Tensor]:
+    def sights(self, chunks: Iterable[Int64[Tensor, " view"]]) -> Generator[Tensor]:
         """Views that the teacher sees over all passes, in [0, 1], on the CPU.
 
         Args:

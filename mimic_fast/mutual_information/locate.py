@@ -173,7 +173,7 @@ def locate_layers(
         source=mi.source,
         images=len(images),
         bins=estimates[0].bins,
-        layers=weighted_layers(estimates, base=mi.base, gain=mi.gain),
+        layers=weighted_layers(estimates, base=mi.base, gain=mi.gain, weighting=mi.weighting),
         seconds=time.perf_counter() - began,
     )
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mimic_fast.comparison import cells
 from mimic_fast.comparison.cell import read_task, write_task
 from mimic_fast.comparison.cells import cells_of
 from mimic_fast.comparison.figures import COLUMNS, merged, read_results, write_results
@@ -15,6 +16,7 @@ from mimic_fast.comparison.heat_map import heat_map
 from mimic_fast.comparison.table import entries, markdown
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import record_targets
+from mimic_fast.recipe import load_settings
 
 
 @pytest.fixture
@@ -84,11 +86,24 @@ def test_a_task_file_is_the_cell(ready, matrix, tmp_path):
         assert read_task(write_task(cell)) == cell
 
 
+def test_a_setting_younger_than_committed_rows_leaves_their_digest(
+    ready, matrix, tmp_path, monkeypatch
+):
+    def digest(**mi: object) -> str:
+        own = {"kind": "purify", "settings": {"mi": mi}}
+        return next(iter(cells_of(matrix(defenses={"own": own}), tmp_path))).digest
+
+    known = digest()
+    assert digest(weighting="information") == known != digest(weighting="uniform")
+    monkeypatch.setattr(cells, "_LATER", {})
+    assert digest() != known  # the digest would have it, as it has every setting
+
+
 def test_a_preset_keeps_what_the_matrix_does_not_set(ready, matrix, tmp_path):
     short = {"data": {"flip": 0.0}}
     defenses = {"own": {"kind": "purify", "preset": "hardened", "settings": short}}
     cell = next(iter(cells_of(matrix(defenses=defenses), tmp_path)))
-    assert cell.settings.data.crop_scale == (0.35, 1.0)  # the preset's
+    assert cell.settings.data.crop_scale == load_settings().data.crop_scale != (0.2, 1.0)
     assert cell.settings.data.flip == 0.0
     assert cell.settings.data.clean_count == 90
 

@@ -4,7 +4,12 @@ import pytest
 
 from mimic_fast.errors import SelfTestError
 from mimic_fast.mutual_information.result import LayerEstimate
-from mimic_fast.mutual_information.weights import layer_shares, layer_weights, weighted_layers
+from mimic_fast.mutual_information.weights import (
+    layer_shares,
+    layer_weights,
+    weighted_by,
+    weighted_layers,
+)
 
 
 def estimate(tap, raw, **changes):
@@ -36,3 +41,16 @@ def test_a_total_is_clamped_here_and_kept_as_it_came():
 def test_a_value_that_is_not_finite_names_its_layer(value):
     with pytest.raises(SelfTestError, match=r"layer 'layer3' is (nan|inf)"):
         weighted_layers([estimate("layer1", 1.0), estimate("layer3", value)], base=1.0, gain=1.0)
+
+
+def test_other_weightings_spread_the_same_sum():
+    shares = (0.5, 0.3, 0.2)
+    assert weighted_by(shares, "information") == shares
+    assert weighted_by(shares, "uniform") == (1 / 3,) * 3
+    assert weighted_by(shares, "inverse") == pytest.approx((0.25, 0.35, 0.4))
+    assert weighted_by((1.0,), "inverse") == (1.0,)
+
+    estimates = [estimate("a", 1.0), estimate("b", 3.0)]
+    first, second = weighted_layers(estimates, base=10.0, gain=8.0, weighting="inverse")
+    assert (first.share, second.share) == (0.25, 0.75)
+    assert (first.weight, second.weight) == (16.0, 12.0)
