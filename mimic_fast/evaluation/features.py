@@ -69,7 +69,8 @@ def place(encoders: Iterable[nn.Module], run: RunSettings) -> None:
     """Moves encoders that will be measured to where ``run.device`` says.
 
     On a GPU float32 is then float32: convolutions in TF32, PyTorch's default, would give features
-    that depend on the machine, and they are compared and kept across machines.
+    that depend on the machine, and they are compared and kept across machines. Weights go into the
+    order that convolutions run fastest in (NHWC); the values are the same.
 
     Raises:
         UsageError: If a GPU was asked for and none is visible.
@@ -78,7 +79,7 @@ def place(encoders: Iterable[nn.Module], run: RunSettings) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     for encoder in encoders:
-        encoder.to(device)
+        encoder.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager

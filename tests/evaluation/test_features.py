@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from mimic_fast.config import RunSettings
 from mimic_fast.errors import UnsafeInputError, UsageError
-from mimic_fast.evaluation.features import encode
+from mimic_fast.evaluation.features import encode, place
 from mimic_fast.evaluation.triggers import apply_trigger, white_patch
 
 
@@ -93,3 +94,13 @@ def test_features_that_are_not_finite_are_refused(encoder, images):
 def test_no_images_is_a_usage_error(encoder, images):
     with pytest.raises(UsageError, match="no images"):
         encode(encoder, images[:0])
+
+
+def test_placing_orders_weights_for_speed_and_changes_no_feature(encoder, images):
+    before = encode(encoder, images)
+
+    place([encoder], RunSettings(device="cpu"))
+
+    kernels = [weight for weight in encoder.parameters() if weight.ndim == 4]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    torch.testing.assert_close(encode(encoder, images), before, rtol=1e-5, atol=1e-5)
