@@ -17,7 +17,7 @@ def test_plan_of_an_architecture_as_json(cli):
     assert done.code == 0, done.err
     assert done.err == ""
     plan = done.json
-    assert (plan["gpus"], plan["memory_bytes"], plan["micro_batch_images"]) == (8, 80 * 10**9, 16)
+    assert (plan["gpus"], plan["memory_bytes"], plan["micro_batch_images"]) == (8, 80 * 10**9, 8)
     rows = {(row["engine"], row["teacher_shard"]): row for row in plan["engines"]}
     assert len(rows) == 10
     assert all(row["fits"] and row["step_seconds"] > 0 for row in rows.values())
