@@ -118,8 +118,8 @@ def test_cut_students_are_those_of_one_process_and_go_on(start, alone, tmp_path)
     same(fp64, alone["fp64-sgd"], rtol=2e-7)  # stored in single precision
     for run in (fp64, shard, zero3):
         assert layers(run) == layers(alone["fp64-sgd"])
-    # The exact check is the one in fp64. In fp32 the parts of a sum are added in another order: the gradient's norm, over
-    # all weights, is off by up to 2e-6 of itself before the first update.
+    # The exact check is the one in fp64. In fp32 sums are added up in another order: the norm of
+    # the gradient, over all weights, is off by 2e-6 of itself before the first update.
     for run in (shard, zero3):
         found, expected = logged(run), logged(alone["fp32-sgd"])
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
