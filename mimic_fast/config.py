@@ -350,6 +350,27 @@ class OptimSettings(Frozen):
     )
 
 
+class StopSettings(Frozen):
+    """When a purification has learned enough: told by held-out clean images, without labels."""
+
+    rule: Literal["never", "record", "plateau"] = Field(
+        default="never",
+        description="record: measure the student on held-out images (held_out.jsonl); plateau: "
+        "and end when their clone loss no longer falls",
+    )
+    every: int = Field(default=1, ge=1, description="passes between two measurements")
+    patience: int = Field(default=10, ge=1, description="measurements without a lower loss")
+    min_delta: float = Field(
+        default=0.01, ge=0, lt=1, description="a lower loss is lower by this share at least"
+    )
+    cooldown: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="then the learning rate falls to zero over this share of the steps done",
+    )
+
+
 class RunSettings(Frozen):
     """Where results go and how the run survives."""
 
@@ -479,5 +500,6 @@ class Settings(Frozen):
     mi: MutualInformationSettings = Field(default_factory=MutualInformationSettings)
     loss: LossSettings = Field(default_factory=LossSettings)
     optim: OptimSettings = Field(default_factory=OptimSettings)
+    stop: StopSettings = Field(default_factory=StopSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimic_fast import ops
+from mimic_fast.after_passes import Watched, after_passes, check_held_out, check_watched
 from mimic_fast.batchnorm import synchronize_batchnorm
 from mimic_fast.checkpoint import newest_meta, refuse_other_run
 from mimic_fast.config import (
@@ -42,7 +43,6 @@ from mimic_fast.encoders.taps import (
 from mimic_fast.engines.fsdp2 import shard
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.checks import check_measurement
-from mimic_fast.evaluation.curve import Curve
 from mimic_fast.files import machine_errors, write_atomic
 from mimic_fast.first_weights import FirstWeights, first_weights
 from mimic_fast.mutual_information.locate import (
@@ -54,7 +54,6 @@ from mimic_fast.progress import Event, Reporter, silent
 from mimic_fast.recipe import settings_json, settings_record
 from mimic_fast.step import Student, whole_encoder
 from mimic_fast.training import Task, Trained, train
-from mimic_fast.watch import process_0_alone
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -209,6 +208,7 @@ def _set_up(settings: Settings, processes: Processes, report: Reporter) -> _Setu
     identity = _identity(settings, teacher, clean_set, first)
     _check_state(settings.run, identity)
     training = TrainingImages(squares=pool[: len(pool) - clean_set.hold_out], files=images.files)
+    check_held_out(settings, clean_set.hold_out)
     check_batch(len(training), batch_size=settings.optim.batch_size, processes=processes)
     backend, reason = choose_backend(
         training, settings=settings, image_size=spec.image_size, device=processes.device
@@ -280,6 +280,11 @@ def _distil(
         fingerprint={**setup.identity, "layer_weights": list(weights)},
         out=settings.run.out,
     )
+    watched = Watched(
+        student=setup.student_taps.encoder,
+        teacher=setup.teacher,
+        held_out=setup.pool[len(setup.training) :],
+    )
     return train(
         task,
         settings=settings,
@@ -287,29 +292,8 @@ def _distil(
         processes=processes,
         report=report,
         stop=stop,
-        on_epoch=_curve(setup, settings, processes, stop),
+        on_epoch=after_passes(watched, settings, processes=processes, report=report, stop=stop),
     )
-
-
-def _curve(
-    setup: _Setup, settings: Settings, processes: Processes, stop: Callable[[], bool]
-) -> Callable[[int, nn.Module], None] | None:
-    """Measures the student after epochs, if the settings ask for it."""
-    if settings.evaluation.curve_every is None:
-        return None
-    assert settings.run.out is not None
-    path = settings.run.out / "curve.jsonl"
-    curve = Curve(path, settings.evaluation, teacher=setup.teacher, seed=settings.seed)
-    student = setup.student_taps.encoder
-    process_0_alone(lambda stopped: curve.settle(stop=stopped), processes=processes, stop=stop)
-
-    def after(epoch: int, _: nn.Module) -> None:
-        def work(stopped: Callable[[], bool]) -> None:
-            curve.measure(epoch, student, stop=stopped)
-
-        process_0_alone(work, processes=processes, stop=stop)
-
-    return after
 
 
 def _whole_teacher(teacher: LoadedEncoder, settings: Settings) -> LoadedEncoder:
@@ -327,26 +311,13 @@ def _check_settings(settings: Settings) -> None:
         raise UsageError("no clean images given; use --data or data.source in the recipe")
     if settings.run.out is None:
         raise UsageError("no run directory given; use --out or run.out in the recipe")
-    _check_curve(settings)
+    check_watched(settings)
     if settings.encoder.teacher_shard and settings.optim.precision == "fp64":
         raise UsageError("encoder.teacher_shard keeps float32 weights; use another precision")
     if settings.encoder.teacher_shard and settings.mi.estimator in ("dv", "infonce"):
         raise UsageError(
             f"encoder.teacher_shard cannot run with mi.estimator '{settings.mi.estimator}', which "
             "processes compute each for themselves; use 'histogram'"
-        )
-
-
-def _check_curve(settings: Settings) -> None:
-    """The student must be whole on process 0, and there must be something to measure it on."""
-    if settings.evaluation.curve_every is None:
-        return
-    if not settings.evaluation.downstream:
-        raise UsageError("evaluation.curve_every needs a labeled set: --downstream NAME=DIR")
-    if settings.run.engine in ("zero3", "fsdp2") or settings.encoder.teacher_shard:
-        raise UsageError(
-            "evaluation.curve_every needs student and teacher whole on one process; leave it out "
-            f"with run.engine '{settings.run.engine}' and encoder.teacher_shard"
         )
 
 

@@ -37,6 +37,7 @@ from mimic_fast.saver import Saver
 from mimic_fast.sharded_state import newest_for_all, read_pieces
 from mimic_fast.step import Student, step_losses
 from mimic_fast.step_clock import StepClock
+from mimic_fast.stopping import Cooldown
 from mimic_fast.teacher_memory import TeacherMemory, remember
 from mimic_fast.trackers import finish as finish_trackers
 from mimic_fast.trackers import start_trackers
@@ -107,7 +108,7 @@ def train(
     report: Reporter = silent,
     stop: Callable[[], bool] = lambda: False,
     phase: str = "distil",
-    on_epoch: Callable[[int, nn.Module], None] | None = None,
+    on_epoch: Callable[[int, nn.Module], bool | None] | None = None,
 ) -> Trained:
     """Trains ``task.student`` in place.
 
@@ -119,7 +120,8 @@ def train(
         report: Told of every logged step.
         stop: Polled every step on every process; true on any saves the state and leaves.
         phase: Name in progress reports.
-        on_epoch: Called with the epoch's number and the student after each epoch.
+        on_epoch: Called with the epoch's number and the student after each epoch, before the state
+            is saved. True, on all processes: enough; what is left is a cooldown.
 
     Raises:
         StoppedError: If ``stop`` told so; the state is saved.
@@ -177,15 +179,19 @@ def _run_steps(
     report: Reporter,
     stop: Callable[[], bool],
     phase: str,
-    on_epoch: Callable[[int, nn.Module], None] | None,
+    on_epoch: Callable[[int, nn.Module], bool | None] | None,
 ) -> None:
     clock, start = loop.clock, time.perf_counter()
     clock.begin()
-    for step in range(first, loop.total_steps):
+    step = first
+    while step < loop.total_steps:  # which a cooldown lowers
         with clock.section("data"):
             batch = next(batches)
         loop.step(step, batch, stop=stop())
         clock.step_done()
+        for epoch in loop.passes_done(step):
+            if on_epoch is not None and on_epoch(epoch, loop.task.student):
+                loop.cool_down(step + 1)
         last = step + 1 == loop.total_steps
         save = last or (step + 1) % loop.settings.run.checkpoint_every == 0
         if save or (step + 1) % loop.log.flush_steps == 0:
@@ -199,9 +205,7 @@ def _run_steps(
                 raise StoppedError(
                     f"stopped by a signal after step {step + 1}; continue with --resume auto"
                 )
-        if on_epoch is not None:
-            for epoch in loop.passes_done(step):
-                on_epoch(epoch, loop.task.student)
+        step += 1
 
 
 class _Loop:
@@ -219,6 +223,8 @@ class _Loop:
         self.image_size = task.student.tapped.encoder.spec.image_size
         if settings.run.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.run.max_steps)
+        self.planned_steps = self.total_steps  # what the schedule goes by; a cooldown cuts it short
+        self.cooldown: Cooldown | None = None
         self.dtype = torch.float64 if optim.precision == "fp64" else torch.float32
         # Convolutions run faster in NHWC; 1-channel and ViT inputs are unaffected.
         self.layout = torch.channels_last if optim.channels_last else torch.contiguous_format
@@ -290,6 +296,15 @@ class _Loop:
             background=run.async_save,
         )
 
+    def cool_down(self, done: int) -> None:
+        """After ``done`` steps it is enough; the run ends within a share of them."""
+        if self.cooldown is None and done < self.total_steps:
+            share = self.settings.stop.cooldown
+            self._end_by(Cooldown.after(done, share=share, at_most=self.total_steps))
+
+    def _end_by(self, cooldown: Cooldown) -> None:
+        self.cooldown, self.total_steps = cooldown, cooldown.end
+
     def passes_done(self, step: int) -> range:
         """Numbers (from 1) of the passes over all images that a step completes."""
         images = len(self.task.images)
@@ -312,10 +327,12 @@ class _Loop:
         )
         rate = learning_rate(
             step,
-            total_steps=self.total_steps,
+            total_steps=self.planned_steps,
             steps_per_epoch=self.per_epoch,
             settings=settings.optim,
         )
+        if self.cooldown is not None:
+            rate *= self.cooldown.factor(step)
         before = [buffer.clone() for buffer in self.buffers]
         calls_before = ops.calls()
         terms = self._gradients(batch, student_view)
@@ -441,6 +458,7 @@ class _Loop:
             "loader": loader,
             "world": self.processes.world,
             "log": self.log.counts(),
+            "cooldown": None if self.cooldown is None else [self.cooldown.start, self.cooldown.end],
         }
         tensors = {**state.tensors, "rng": rng_of_all(self.processes)}
         if self.task.byol is not None:
@@ -485,6 +503,8 @@ class _Loop:
             self.task.byol.target.load_state_dict(dict(state.tensors["target"]))
         restore_rng_of(state.tensors["rng"], self.processes)
         self.log.restore(state.meta["log"])
+        if (cooldown := state.meta.get("cooldown")) is not None:
+            self._end_by(Cooldown(*cooldown))
 
     def wait_saved(self) -> None:
         """Until the last state is on disk."""

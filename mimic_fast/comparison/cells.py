@@ -11,7 +11,7 @@ from typing import Any
 from mimic_fast.comparison.contents import Contents, clean_set_digest, contents
 from mimic_fast.comparison.defenses import UNREAD, UNREAD_DATA, is_baseline, options_of, own_views
 from mimic_fast.comparison.settings import AS_IT_IS, DefenseSettings, MatrixSettings
-from mimic_fast.config import Frozen, Settings
+from mimic_fast.config import Frozen, Settings, StopSettings
 from mimic_fast.errors import UsageError
 from mimic_fast.evaluation.attack_file import attack_path, read_attack
 from mimic_fast.evaluation.downstream import open_downstream
@@ -26,7 +26,10 @@ _INDIFFERENT = {"cache", "attack", "clean", "student_only", "curve_every", "scan
 _OWN = ("encoder.teacher", "seed", "run", "evaluation")  # the matrix's, for all defenses
 # Settings younger than committed rows, with the value that does what was done before there were
 # any: at that value they leave the digest of a cell alone.
-_LATER: dict[str, dict[str, Any]] = {"mi": {"weighting": "information"}}
+_LATER: dict[str, dict[str, Any]] = {
+    "mi": {"weighting": "information"},
+    "stop": StopSettings().model_dump(mode="json"),
+}
 _READING = ("architecture", "arguments", "stem", "in_channels", "image_size", "mean", "std")
 
 
@@ -223,6 +226,7 @@ def _refuse_unread(name: str, defense: DefenseSettings) -> None:
     given = {**defense.settings, **({} if defense.preset is None else {"preset": ""})}
     unread = [section for section in UNREAD if section in given and is_baseline(defense.kind)]
     if own_views(defense.kind):
+        unread += ["stop"] if "stop" in given and not unread else []
         unread += [f"data.{key}" for key in UNREAD_DATA if key in given.get("data", {})]
     if unread:
         instead = f"set defenses.{name}.options" if is_baseline(defense.kind) else "leave it out"
@@ -258,10 +262,12 @@ def _decisive(settings: Settings, content: Contents, *, kind: str) -> dict[str, 
         for key, value in later.items():
             if record[section][key] == value:
                 record[section].pop(key)
+        if not record[section]:
+            record.pop(section)
     if settings.student.checkpoint is not None:
         record["student"]["checkpoint"] = sha256_file(settings.student.checkpoint)
     for section in UNREAD if is_baseline(kind) or kind in AS_IT_IS else ():
-        record.pop(section)
+        record.pop(section, None)
     for key in UNREAD_DATA if own_views(kind) or kind in AS_IT_IS else ():
         record["data"].pop(key)
     evaluation = {k: v for k, v in record["evaluation"].items() if k not in _INDIFFERENT}

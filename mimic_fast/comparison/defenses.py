@@ -96,7 +96,7 @@ _BASELINES: dict[str, str] = {
 
 
 # Sections of a purification's settings that a baseline does not read: its options have their like.
-UNREAD = ("preset", "student", "mi", "loss", "optim")
+UNREAD = ("preset", "student", "mi", "loss", "optim", "stop")
 # Of section data: a contrastive loss wants other views than imitation, so these have their own.
 UNREAD_DATA = ("crop_scale", "jitter_probability", "grayscale")
 

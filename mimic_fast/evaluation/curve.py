@@ -4,7 +4,6 @@ A share of the first labeled set is enough to see when the backdoor goes and the
 figures of the report are measured at the end, on all of it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from mimic_fast.errors import StoppedError, UsageError
 from mimic_fast.evaluation.downstream import open_downstream
 from mimic_fast.evaluation.evaluate import evaluate_encoders
 from mimic_fast.evaluation.feature_cache import Measurable
+from mimic_fast.evaluation.rows import read_rows, write_rows
 from mimic_fast.evaluation.targets import read_attacks
-from mimic_fast.files import machine_errors, write_atomic
 
 _IMAGES = 1000  # labeled and test images each, at most, unless there are more classes
 
@@ -107,9 +106,7 @@ class Curve:
             rows["purified", epoch] = self._row("purified", epoch, _Snapshot(encoder=student), stop)
         except StoppedError:
             return  # the training loop saves the state and leaves
-        lines = (json.dumps(row, allow_nan=False) for row in rows.values())
-        with machine_errors(self._path):
-            write_atomic(self._path, "".join(f"{line}\n" for line in lines).encode())
+        write_rows(self._path, rows.values())
 
     def _row(
         self, role: str, epoch: int, encoder: Measurable, stop: Callable[[], bool]
@@ -134,14 +131,4 @@ class Curve:
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """Rows of ``curve.jsonl``; none if there is no such file. A damaged line is left out."""
-    if not path.is_file():
-        return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"role", "epoch", "clean_accuracy"} <= set(row):
-            rows.append(row)
-    return rows
+    return read_rows(path, ("role", "epoch", "clean_accuracy"))
