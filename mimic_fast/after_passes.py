@@ -134,7 +134,7 @@ def _enough(
 
     def after(epoch: int) -> bool:
         nonlocal told
-        if told or epoch % rule.every:
+        if epoch % rule.every:
             return False
 
         def work(_: Callable[[], bool]) -> bool:
@@ -143,9 +143,11 @@ def _enough(
             return rule.rule == "plateau" and flat
 
         # Seconds: a signal waits for them.
-        told = any_process(bool(process_0_alone(work, processes=processes)), processes)
-        if told:
-            report(Event(phase="distil", message=f"the held-out loss is flat at pass {epoch}"))
-        return told
+        flat = any_process(bool(process_0_alone(work, processes=processes)), processes)
+        if flat and not told:
+            message = f"the held-out loss is flat at pass {epoch}; the run cools down"
+            report(Event(phase="distil", message=message))
+        told = told or flat
+        return flat
 
     return after
