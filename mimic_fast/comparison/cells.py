@@ -226,7 +226,7 @@ def _refuse_unread(name: str, defense: DefenseSettings) -> None:
     given = {**defense.settings, **({} if defense.preset is None else {"preset": ""})}
     unread = [section for section in UNREAD if section in given and is_baseline(defense.kind)]
     if own_views(defense.kind):
-        unread += ["stop"] if "stop" in given and not unread else []
+        unread += ["stop"] if "stop" in given and "stop" not in unread else []
         unread += [f"data.{key}" for key in UNREAD_DATA if key in given.get("data", {})]
     if unread:
         instead = f"set defenses.{name}.options" if is_baseline(defense.kind) else "leave it out"

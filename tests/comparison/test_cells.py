@@ -89,12 +89,14 @@ def test_a_task_file_is_the_cell(ready, matrix, tmp_path):
 def test_a_setting_younger_than_committed_rows_leaves_their_digest(
     ready, matrix, tmp_path, monkeypatch
 ):
-    def digest(**mi: object) -> str:
-        own = {"kind": "purify", "settings": {"mi": mi}}
+    def digest(**sections: object) -> str:
+        own = {"kind": "purify", "settings": sections}
         return next(iter(cells_of(matrix(defenses={"own": own}), tmp_path))).digest
 
     known = digest()
-    assert digest(weighting="information") == known != digest(weighting="uniform")
+    assert digest(mi={"weighting": "information"}) == known
+    assert digest(mi={"weighting": "uniform"}) != known
+    assert digest(stop={"patience": 10}) == known != digest(stop={"rule": "plateau"})
     monkeypatch.setattr(cells, "_LATER", {})
     assert digest() != known  # the digest would have it, as it has every setting
 

@@ -107,10 +107,11 @@ def test_options_name_the_cell_with_their_defaults_filled_in(shrunk, ready, matr
         {"preset": "mimic"},
         {"settings": {"optim": {"epochs": 3}}},
         {"settings": {"loss": {"clone": 2}}},
+        {"settings": {"stop": {"rule": "plateau"}}},
         {"settings": {"data": {"crop_scale": [0.5, 1]}}},
         {"settings": {"data": {"grayscale": 0.5}}},
     ],
-    ids=["preset", "optim", "loss", "data.crop_scale", "data.grayscale"],
+    ids=["preset", "optim", "loss", "stop", "data.crop_scale", "data.grayscale"],
 )
 def test_what_a_baseline_does_not_read_is_refused(shrunk, ready, matrix, tmp_path, given, request):
     settings = matrix(defenses={"x": {"kind": "shrunk", **given}})
@@ -119,9 +120,16 @@ def test_what_a_baseline_does_not_read_is_refused(shrunk, ready, matrix, tmp_pat
         list(cells_of(settings, tmp_path))
 
 
-def test_the_floor_refuses_views_that_it_would_not_take(ready, matrix, tmp_path):
-    given = {"kind": "student_only", "settings": {"data": {"jitter_probability": 0.1}}}
-    said = "defenses.x: kind 'student_only' does not read data.jitter_probability; leave it out"
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"data": {"jitter_probability": 0.1}}, "data.jitter_probability"),
+        ({"stop": {"rule": "record"}}, "stop"),
+    ],
+)
+def test_the_floor_refuses_what_it_would_not_take(ready, matrix, tmp_path, settings, name):
+    given = {"kind": "student_only", "settings": settings}
+    said = f"defenses.x: kind 'student_only' does not read {name}; leave it out"
     with pytest.raises(UsageError, match=re.escape(said)):
         list(cells_of(matrix(defenses={"x": given}), tmp_path))
 
