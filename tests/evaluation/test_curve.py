@@ -3,10 +3,12 @@
 import shutil
 
 from mimic_fast.config import DownstreamSettings, EvaluationSettings
+from mimic_fast.evaluation import curve as curves
 from mimic_fast.evaluation.curve import Curve, read_curve
 
 
-def test_sets_of_many_classes_can_be_followed(tmp_path, write_images, encoders):
+def test_sets_of_many_classes_can_be_followed(tmp_path, write_images, encoders, monkeypatch):
+    monkeypatch.setattr(curves, "_LABELS", 1000)
     one = write_images(tmp_path / "one", per_class=1, seed=0, classes=("red",)) / "red"
     for number in range(1001):
         shutil.copytree(one, tmp_path / "many" / f"{number:04d}")
