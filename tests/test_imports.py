@@ -53,6 +53,7 @@ LAYERS = [
         "step",
         "teacher_memory",
         "first_weights",
+        "stopping",
     },
     {
         "planning",
@@ -62,6 +63,7 @@ LAYERS = [
         "pretraining",
         "self_supervised",
         "distil",
+        "after_passes",
         "evaluation",
         "report",
         "scan",
