@@ -21,6 +21,7 @@ from mimic_fast.evaluation.features import encode
 from mimic_fast.evaluation.rows import read_rows, write_rows
 
 ENOUGH = 16  # images below which the figures are noise
+_MOST = 512  # both copies of all are kept, as floats: 0.6 GB of 224 pixels
 _PATCHES = HardenSettings(probability=1.0)
 
 
@@ -30,7 +31,7 @@ class HeldOut:
     Args:
         path: ``held_out.jsonl``. Rows of a run that is resumed stay; a pass that comes again
             replaces its row and what came after it.
-        squares: The held-out images, uint8.
+        squares: The held-out images, uint8; the first 512 are used.
         teacher: Run once over them, plain and patched.
         seed: Decides the patches, the same in every pass.
     """
@@ -43,7 +44,7 @@ class HeldOut:
         teacher: Encoder,
         seed: int,
     ) -> None:
-        self._path = path
+        self._path, squares = path, squares[:_MOST]
         self._views = plain_view(squares, image_size=teacher.spec.image_size)
         ids = torch.arange(len(squares))
         self._patched = hardened(self._views, ids, squares, settings=_PATCHES, seed=seed, epoch=0)
