@@ -18,8 +18,8 @@ from mimic_fast.evaluation.feature_cache import Measurable
 from mimic_fast.evaluation.rows import read_rows, write_rows
 from mimic_fast.evaluation.targets import read_attacks
 
-# At most, unless there are more classes. With few labels a probe may call the attack's own reference
-# image another class than the one on record, and the ASR of a working backdoor reads as chance.
+# At most, unless there are more classes. With few labels a probe may call the attack's own
+# reference image another class than the one on record: the ASR of a backdoor that works is then 0.
 _LABELS = 5000
 _IMAGES = 1000  # test images, at most
 
