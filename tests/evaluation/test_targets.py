@@ -220,7 +220,7 @@ def test_curve_has_the_highest_rate_and_each(task, encoders, folder, tmp_path):
 def test_curve_settles_targets_with_the_labels_of_the_final_evaluation(
     task, encoders, folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("mimic_fast.evaluation.curve._IMAGES", 3)  # a label each
+    monkeypatch.setattr("mimic_fast.evaluation.curve._LABELS", 3)  # one of each class
     settings = EvaluationSettings(downstream=(task,), attack=folder, curve_every=1)
     fitted: list[int] = []
     fit = evaluate.fit_linear_probe
